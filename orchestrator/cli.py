@@ -1,0 +1,206 @@
+"""The command line: parses, calls the pipeline, prints its record. Imports nothing heavy before it has parsed.
+
+Standard output carries results only (``--json``: one JSON object on its last line); progress and errors go to standard
+error. Exit status: 0 done, 1 failed, 2 the user's input was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.errors import OrchestratorError, UserError
+
+if TYPE_CHECKING:
+    from orchestrator.pipeline import Pipeline
+    from orchestrator.records import Record
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="From a table of texts or a folder of images to a model behind an HTTP endpoint, on Ray, from one recipe.",
+)  # fmt: skip
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a recipe field.")]
+StorageRoot = Annotated[str | None, typer.Option("--storage", metavar="URL", help="Where results live.")]
+Address = Annotated[str | None, typer.Option("--address", metavar="HOST:PORT", help="A running Ray cluster.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON on the last line.")]
+VERBS = ("prepare", "train", "evaluate", "promote", "serve", "run")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The ``orchestrator`` command. The user's own mistakes never show a traceback."""
+    try:
+        app(arguments)
+    except OrchestratorError as error:
+        sys.exit(_complain(str(error), error.exit_status))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted; the same command goes on from here", 130))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    return status
+
+
+def run_verb(
+    verb: str, recipe_path: str, overrides: list[str] | None, storage: str | None, address: str | None, as_json: bool,
+    act: Callable[[Pipeline], Record | dict[str, Any]] | None = None,
+) -> None:  # fmt: skip
+    """Load the recipe, walk the path up to ``verb``, print its record."""
+    from orchestrator.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path, overrides or (), storage)
+    from orchestrator.pipeline import Pipeline
+    from orchestrator.progress import display
+
+    with display() as report, Pipeline(recipe, address=address, report=report) as pipeline:
+        record = act(pipeline) if act else pipeline.walk(verb)
+    _print_record(record, as_json)
+
+
+def _print_record(record: Record | dict[str, Any], as_json: bool) -> None:
+    values = record if isinstance(record, dict) else record.model_dump(mode="json")
+    if as_json:
+        _out(json.dumps(values, ensure_ascii=False))
+    else:
+        from orchestrator.present import describe
+
+        _out(describe(values))
+
+
+def _out(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+@app.command()
+def prepare(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
+            json_: AsJson = False) -> None:  # fmt: skip
+    """Read, clean, split and encode the data, once."""
+    run_verb("prepare", recipe, set_, storage, address, json_)
+
+
+@app.command()
+def train(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
+          json_: AsJson = False) -> None:  # fmt: skip
+    """Fine-tune the backbone on all workers; goes on from the last checkpoint after a stop."""
+    run_verb("train", recipe, set_, storage, address, json_)
+
+
+@app.command()
+def evaluate(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
+             json_: AsJson = False) -> None:  # fmt: skip
+    """Score the model on the test rows and write the report."""
+    run_verb("evaluate", recipe, set_, storage, address, json_)
+
+
+@app.command()
+def promote(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
+            json_: AsJson = False) -> None:  # fmt: skip
+    """Register the model as a version; make it champion if it is better than the present one."""
+    run_verb("promote", recipe, set_, storage, address, json_)
+
+
+@app.command()
+def run(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
+        json_: AsJson = False) -> None:  # fmt: skip
+    """The whole path, to an answering endpoint; finished stages are skipped when nothing they read has changed."""
+    run_verb("run", recipe, set_, storage, address, json_)
+
+
+@app.command()
+def serve(
+    recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
+    json_: AsJson = False,
+    version: Annotated[int | None, typer.Option(help="Serve this version instead of the champion.")] = None,
+    block: Annotated[bool, typer.Option("--block", help="Stay in the foreground until Ctrl-C.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Take the endpoint down.")] = False,
+) -> None:  # fmt: skip
+    """Put the champion behind an HTTP endpoint, which stays up in the background until --stop."""
+
+    def act(pipeline: Pipeline) -> Record | dict[str, Any]:
+        if stop:
+            return pipeline.stop_serving()
+        if block:
+            return pipeline.serve_in_foreground(version)
+        return pipeline.serve(pipeline.version_to_serve(version))
+
+    run_verb("serve", recipe, set_, storage, address, json_, act)
+
+
+@app.command()
+def check(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, json_: AsJson = False) -> None:
+    """Validate the recipe and its data, and plan the run without starting it."""
+    from orchestrator.check import plan_run
+
+    run_verb("check", recipe, set_, storage, None, json_, plan_run)
+
+
+@app.command()
+def init(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A table of texts or a folder of class folders.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Where to write the recipe.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a recipe that is there.")] = False,
+) -> None:
+    """Look at the data, infer its schema, write a recipe, say what was seen."""
+    from orchestrator.init import write_starting_recipe
+
+    _out(write_starting_recipe(path, output, force=force))
+
+
+@app.command()
+def models(
+    arguments: Annotated[list[str] | None, typer.Argument(
+        metavar="[NAME | promote NAME VERSION | rollback NAME | verify NAME]")] = None,
+    storage: StorageRoot = "./runs",
+    registry: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the registry.")] = None,
+    alias: Annotated[str, typer.Option(help="The alias to move.")] = "champion",
+    json_: AsJson = False,
+) -> None:  # fmt: skip
+    """List models or a model's versions; move an alias to a version or back; check a model's files."""
+    from orchestrator.registry.listing import act_on_models
+
+    values, text = act_on_models(storage or "./runs", registry, arguments or [], alias)
+    _out(json.dumps(values, ensure_ascii=False) if json_ else text)
+
+
+@app.command()
+def submit(
+    verb: Annotated[str, typer.Argument(help=" | ".join(VERBS))],
+    recipe: RecipePath,
+    address: Annotated[str, typer.Option("--address", metavar="URL", help="The cluster's job server.")],
+    set_: Overrides = None, storage: StorageRoot = None, json_: AsJson = False,
+) -> None:  # fmt: skip
+    """Run a verb as a job of a Ray cluster, its output streamed; ends with the job's own exit status."""
+    from orchestrator.recipe import load_recipe
+
+    if verb not in VERBS:
+        raise UserError(f"submit knows no verb {verb!r}", f"use one of {', '.join(VERBS)}")
+    load_recipe(recipe, set_ or (), storage)
+    from orchestrator.submit import submit_job
+
+    words = [recipe, *(w for override in set_ or () for w in ("--set", override))]
+    words += ["--storage", storage] if storage else []
+    raise typer.Exit(submit_job(address, verb, [*words, *(["--json"] if json_ else [])]))
+
+
+@app.command()
+def doctor(address: Address = None, json_: AsJson = False) -> None:
+    """What this machine and cluster have, what is missing, and what to do about it."""
+    from orchestrator.doctor import examine
+
+    findings = examine(address)
+    _out(json.dumps(findings.values) if json_ else findings.text)
+    raise typer.Exit(0 if findings.healthy else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Predicting the test rows on Ray: one task per worker, each with its share of the rows, then one that times.
+
+In: locations of a saved model and a prepared dataset. Out: probabilities of every test row, and what an answer costs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+
+from orchestrator.data.batches import evaluation_batches
+from orchestrator.data.dataset import open_split
+from orchestrator.models.checkpoint import load_model
+from orchestrator.progress import Event, Report
+from orchestrator.storage import Storage
+
+_TIMED_INPUTS = 50
+_WARM_UP_INPUTS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured alone on one worker, from encoded rows to probabilities."""
+
+    latency_ms_p50: float
+    latency_ms_p95: float
+    throughput_per_s: float
+
+
+@dataclass(frozen=True)
+class PredictJob:
+    storage: str
+    model: str
+    dataset: str
+    split: str
+    batch_size: int
+    device: str
+
+
+def predict_split(
+    job: PredictJob, rows: int, workers: int, cpus_per_worker: float, report: Report
+) -> np.ndarray:
+    """Probabilities [rows, classes] of a split, in the order of its rows."""
+    options = {"num_cpus": cpus_per_worker, "num_gpus": 1 if job.device == "cuda" else 0, "max_retries": 2}
+    task = ray.remote(**options)(_predict_share)
+    waiting = [task.remote(job, rank, workers, int(cpus_per_worker)) for rank in range(workers)]
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        parts += [part for reference in ready for part in ray.get(reference)]
+        done = sum(len(indices) for indices, _ in parts)
+        report(Event("evaluate", done=done, total=rows, figures={"split": job.split}))
+    result = np.zeros((rows, parts[0][1].shape[1]), dtype=np.float32)
+    for indices, probabilities in parts:
+        result[indices] = probabilities
+    return result
+
+
+def measure_cost(job: PredictJob, cpus_per_worker: float) -> Cost:
+    """Latency of single inputs and throughput in batches, on an otherwise idle worker."""
+    options = {"num_cpus": cpus_per_worker, "num_gpus": 1 if job.device == "cuda" else 0}
+    cost: Cost = ray.get(ray.remote(**options)(_measure).remote(job, int(cpus_per_worker)))
+    return cost
+
+
+def _predict_share(job: PredictJob, rank: int, world: int, threads: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    import torch
+
+    torch.set_num_threads(max(1, threads))
+    storage = Storage(job.storage)
+    model = load_model(storage.fetch(job.model), device=job.device)
+    table = open_split(storage.fetch(job.dataset, verify=False), job.split)
+    shares = evaluation_batches(model.encoder.lengths(table), job.batch_size, rank, world)
+    return [(rows, model.probabilities(table.take(rows))) for rows in shares]
+
+
+def _measure(job: PredictJob, threads: int) -> Cost:
+    import torch
+
+    torch.set_num_threads(max(1, threads))
+    storage = Storage(job.storage)
+    model = load_model(storage.fetch(job.model), device=job.device)
+    table = open_split(storage.fetch(job.dataset, verify=False), job.split)
+    rows = np.linspace(0, table.num_rows - 1, _TIMED_INPUTS + _WARM_UP_INPUTS).astype(np.int64)
+    single = _seconds([lambda row=row: model.probabilities(table.slice(int(row), 1)) for row in rows])
+    batch = table.slice(0, min(job.batch_size, table.num_rows))
+    batches = _seconds([lambda: model.probabilities(batch)] * 3)
+    p50, p95 = np.percentile(np.array(single[_WARM_UP_INPUTS:]) * 1e3, [50, 95])
+    return Cost(float(p50), float(p95), batch.num_rows / min(batches))
+
+
+def _seconds(calls: Sequence[object]) -> list[float]:
+    times = []
+    for call in calls:
+        started = time.perf_counter()
+        call()  # type: ignore[operator]
+        times.append(time.perf_counter() - started)
+    return times

@@ -1,0 +1,1 @@
+"""Networks: pretrained backbones with a fresh head, and the folder a trained one is saved in."""

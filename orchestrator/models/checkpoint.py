@@ -1,0 +1,71 @@
+"""The folder a trained model is saved in: any library opens it, and nothing in it runs code.
+
+``model.safetensors`` + ``config.json`` (transformers layout, or a torchvision architecture's name with its state dict),
+the tokenizer's files, ``preprocess.json``, ``labels.json``, ``card.json``; ``manifest.json`` comes from storage.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from orchestrator.data.encoder import Encoder
+from orchestrator.data.encoders import load_encoder
+from orchestrator.models.backbones import Network, load_network
+from orchestrator.storage import verify_manifest
+
+LABELS = "labels.json"
+CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A network with everything it takes to go from raw inputs to probabilities."""
+
+    network: Network
+    """In evaluation mode, on ``device``."""
+    encoder: Encoder
+    labels: tuple[str, ...]
+    task: str
+    card: dict[str, Any]
+    device: torch.device
+
+    def probabilities(self, rows: pa.Table) -> np.ndarray:
+        """Encoded rows -> float32 probabilities [rows, classes]."""
+        with torch.inference_mode():
+            inputs = {name: tensor.to(self.device) for name, tensor in self.encoder.collate(rows).items()}
+            probabilities: np.ndarray = self.network(**inputs).float().softmax(dim=-1).cpu().numpy()
+        return probabilities
+
+
+def save_model(folder: Path, network: Network, encoder: Encoder, labels: tuple[str, ...], task: str) -> None:
+    """Write the model into an existing folder (which ``Storage.publish`` then seals with a manifest)."""
+    network.save(folder)
+    encoder.save(folder)
+    _write_json(folder / LABELS, list(labels))
+    _write_json(folder / CARD, {"task": task, "parameters": count_parameters(network)})
+
+
+def load_model(folder: Path, *, device: str = "cpu", verify: bool = True) -> SavedModel:
+    """Read a saved model. Raises IntegrityError when a file is not the one that was saved."""
+    if verify:
+        verify_manifest(folder)
+    labels = tuple(json.loads((folder / LABELS).read_text(encoding="utf-8")))
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    place = torch.device(device)
+    network = load_network(folder).to(place).eval()
+    return SavedModel(network, load_encoder(folder), labels, card["task"], card, place)
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,84 @@
+"""Records as text for people. In: a record's JSON values. Out: a few aligned lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Values = Mapping[str, Any]
+
+
+def describe(values: Values) -> str:
+    """A record (or, for ``run``, all of them) in the order a reader wants it."""
+    if values["stage"] == "run":
+        return "\n".join(describe(values[stage]) for stage in _STAGES if stage in values)
+    lines = _STAGES[values["stage"]](values)
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:>{width}}  {text}" for name, text in lines)
+
+
+def _prepare(v: Values) -> list[tuple[str, str]]:
+    splits = ", ".join(f"{name} {split['rows']}" for name, split in v["splits"].items())
+    cleaning = v["cleaning"]
+    aside = ", ".join(f"{cleaning[c]} {c}" for c in _CLEANING if cleaning[c]) or "nothing"
+    lines = [
+        ("dataset", f"{v['name']}  {v['key'][:12]}  {v['input_column']} -> {v['label_column']}"),
+        ("rows", f"{splits}; set aside: {aside}"),
+        ("labels", _some([f"{name} ({count})" for name, count in v["splits"]["train"]["class_counts"].items()])),
+    ]
+    return lines + ([("set aside", v["quarantine"])] if v["quarantine"] else [])
+
+
+_CLEANING = ("duplicates", "conflicts", "leaks", "missing", "unreadable")
+
+
+def _train(v: Values) -> list[tuple[str, str]]:
+    stopped = ", stopped early" if v["stopped_early"] else ""
+    return [
+        ("model", f"{v['backbone']}, {v['parameters'] / 1e6:.1f} M parameters, {v['size_bytes'] / 1e6:.0f} MB"),
+        ("training", f"{v['steps']} steps in {v['seconds']:.0f} s, {v['samples_per_s']:.1f} samples/s, {v['workers']} "
+                     f"{v['device']} workers, {v['precision']}{stopped}"),
+        ("best", f"epoch {v['best_epoch'] + 1}: validation {v['best_metric']} {v['best_value']:.4f}"),
+    ]  # fmt: skip
+
+
+def _evaluate(v: Values) -> list[tuple[str, str]]:
+    shown = [name for name in ("accuracy", "macro_f1", "roc_auc", "calibration_error") if name in v["metrics"]]
+    scores = ", ".join(f"{name} {_interval(v['metrics'][name])}" for name in shown)
+    return [
+        ("test", f"{v['rows']} rows: {scores}"),
+        ("cost", f"{v['latency_ms_p50']:.1f} ms per input (p95 {v['latency_ms_p95']:.1f}), "
+                 f"{v['throughput_per_s']:.0f} inputs/s in batches"),
+        ("report", v["report"]),
+    ]  # fmt: skip
+
+
+def _promote(v: Values) -> list[tuple[str, str]]:
+    if "reason" in v:
+        champion = f"version {v['champion']} stays champion" if v["champion"] else "there is no champion"
+        return [("promote", f"{v['name']} version {v['version']} is held, {champion}: {v['reason']}")]
+    return [("promote", f"{v['name']} version {v['version']} is {', '.join(v['aliases'])}: {v['decision']}")]
+
+
+def _serve(v: Values) -> list[tuple[str, str]]:
+    if "stopped" in v:
+        return [("serve", "the endpoint is down" if v["stopped"] else "there was no endpoint to stop")]
+    lines = [("serve", f"{v['name']} version {v['version']} answers at {v['url']}"), ("predict", v["predict_url"])]
+    return lines
+
+
+def _check(v: Values) -> list[tuple[str, str]]:
+    return [(name, text) for name, text in v["plan"].items()]
+
+
+_STAGES: dict[str, Callable[[Values], list[tuple[str, str]]]] = {
+    "prepare": _prepare, "train": _train, "evaluate": _evaluate, "promote": _promote, "serve": _serve, "check": _check,
+}  # fmt: skip
+
+
+def _interval(interval: Values) -> str:
+    return f"{interval['value']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
+
+
+def _some(items: list[str], limit: int = 8) -> str:
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

@@ -1,0 +1,136 @@
+"""What the user sees while a stage works: a live line on a terminal, plain lines elsewhere, always on standard error.
+
+In: ``Event`` values from any stage. Knows nothing of what the stages do.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class Event:
+    """``done`` of ``total`` (in ``unit``) of a stage, with figures to show; or, with ``message``, a line to keep."""
+
+    stage: str
+    message: str = ""
+    done: float = 0.0
+    total: float = 0.0
+    figures: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+Report = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """For callers that show nothing."""
+
+
+class Display(Protocol):
+    def __enter__(self) -> Report: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def display(*, quiet: bool = False) -> Display:
+    """A live display if standard error is a terminal, else plain lines."""
+    if quiet:
+        return _Lines(every_s=float("inf"), keep_messages=False)
+    return _Live() if sys.stderr.isatty() else _Lines()
+
+
+def format_figures(figures: Mapping[str, float | int | str]) -> str:
+    return "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
+
+
+def _short(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class _Lines:
+    """One line per message, and one per ``every_s`` seconds of progress."""
+
+    def __init__(self, every_s: float = 5.0, keep_messages: bool = True) -> None:
+        self.every_s, self.keep_messages = every_s, keep_messages
+        self.stage, self.started, self.printed = "", 0.0, 0.0
+
+    def __enter__(self) -> Report:
+        return self.report
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def report(self, event: Event) -> None:
+        now = time.monotonic()
+        if event.stage != self.stage or event.done == 0:
+            self.stage, self.started = event.stage, now
+        if event.message:
+            if self.keep_messages:
+                self._print(f"[{event.stage}] {event.message}")
+        elif now - self.printed >= self.every_s and event.total:
+            self.printed = now
+            self._print(self._progress(event, now - self.started))
+
+    def _progress(self, event: Event, elapsed_s: float) -> str:
+        left = elapsed_s * (event.total - event.done) / event.done if event.done else 0.0
+        line = f"[{event.stage}] {event.done:.0f}/{event.total:.0f}  {format_figures(event.figures)}"
+        return f"{line}  left {format_seconds(left)}" if event.done else line
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+class _Live:
+    """A bar per running stage, above it the lines to keep."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.bars = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description:<9}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.stage, self.bar = "", TaskID(-1)
+
+    def __enter__(self) -> Report:
+        self.bars.start()
+        return self.report
+
+    def __exit__(self, *exception: object) -> None:
+        self.bars.stop()
+
+    def report(self, event: Event) -> None:
+        if event.message:
+            self.console.print(f"[bold]{event.stage:>9}[/]  {escape(event.message)}", highlight=False)
+            return
+        if event.stage != self.stage:
+            if self.stage:
+                self.bars.remove_task(self.bar)
+            self.stage = event.stage
+            self.bar = self.bars.add_task(event.stage, total=event.total or None, figures="")
+        self.bars.update(
+            self.bar, completed=event.done, total=event.total or None, figures=format_figures(event.figures)
+        )

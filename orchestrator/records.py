@@ -1,0 +1,187 @@
+"""The records that walk the path: each stage reads some and writes one. Frozen, JSON, and without behaviour.
+
+    prepare -> DatasetRecord    train -> ModelRecord    evaluate -> EvaluationRecord
+    promote -> VersionRecord | Hold                     serve -> EndpointRecord
+
+``location`` is always relative to the storage root, so a storage folder can be moved or mounted elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Interval(Record):
+    """A metric's value with its bootstrap confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class CleaningCounts(Record):
+    """Rows by what happened to them. ``rows_read`` is the sum of all the others."""
+
+    rows_read: int
+    kept: int
+    duplicates: int = 0
+    """The same input and label, again."""
+    conflicts: int = 0
+    """The same input under different labels."""
+    leaks: int = 0
+    """In train although validation or test hold the same input."""
+    missing: int = 0
+    """No input or no label."""
+    unreadable: int = 0
+    """Ragged rows, broken images, undecodable cells."""
+
+
+class SplitStats(Record):
+    rows: int
+    class_counts: dict[str, int]
+    """Rows per label, every label of the dataset present."""
+
+
+class DatasetRecord(Record):
+    stage: Literal["prepare"] = "prepare"
+    name: str
+    key: str
+    """Content address: hash of the source's bytes and of every recipe field that prepare reads."""
+    location: str
+    task: str
+    input_kind: Literal["text", "image"]
+    input_column: str
+    label_column: str
+    labels: tuple[str, ...]
+    """Class names; a row's ``label`` column is an index into this tuple."""
+    splits: dict[str, SplitStats]
+    cleaning: CleaningCounts
+    quarantine: str | None = None
+    """Location of the file with every row that was set aside and the reason, if there was any."""
+    slices: tuple[str, ...] = ()
+    size_bytes: int
+    seconds: float
+    image_size: int | None = None
+    mean_tokens: float | None = None
+    truncated_fraction: float | None = None
+    """Share of the texts that were longer than max_tokens."""
+
+
+class EpochMetrics(Record):
+    epoch: int
+    step: int
+    train_loss: float
+    validation: dict[str, float]
+    learning_rate: float
+    samples_per_s: float
+
+
+class ModelRecord(Record):
+    stage: Literal["train"] = "train"
+    name: str
+    key: str
+    location: str
+    """The run's folder."""
+    model_location: str
+    """The folder any library opens: weights, config, tokenizer or transform, labels, manifest."""
+    task: str
+    backbone: str
+    dataset: str
+    """Key of the DatasetRecord it was trained on."""
+    epochs: tuple[EpochMetrics, ...]
+    best_epoch: int
+    best_metric: str
+    best_value: float
+    steps: int
+    workers: int
+    device: str
+    precision: str
+    parameters: int
+    size_bytes: int
+    seconds: float
+    samples_per_s: float
+    resumed: int = 0
+    """How often training went on from a checkpoint after a stop or a lost worker."""
+    stopped_early: bool = False
+
+
+class EvaluationRecord(Record):
+    stage: Literal["evaluate"] = "evaluate"
+    name: str
+    key: str
+    location: str
+    model: str
+    """Key of the ModelRecord."""
+    dataset: str
+    rows: int
+    metrics: dict[str, Interval]
+    """accuracy, macro_f1, weighted_f1, macro_precision, macro_recall, roc_auc, average_precision, log_loss,
+    calibration_error."""
+    per_class: dict[str, dict[str, Interval]]
+    """Label -> precision, recall, f1, support (as an interval of zero width), roc_auc, average_precision."""
+    confusion: tuple[tuple[int, ...], ...]
+    """Row: true label; column: predicted label."""
+    slices: dict[str, dict[str, dict[str, float]]] = {}
+    """Column -> value -> rows, accuracy, macro_f1."""
+    latency_ms_p50: float
+    """One input, batch of one, on one worker, tokenising or decoding included."""
+    latency_ms_p95: float
+    throughput_per_s: float
+    size_bytes: int
+    report: str
+    """Location of the HTML report."""
+    predictions: str
+    """Location of the Parquet file with the probabilities of each test row."""
+    seconds: float
+
+
+class VersionRecord(Record):
+    stage: Literal["promote"] = "promote"
+    name: str
+    version: int
+    location: str
+    aliases: tuple[str, ...] = ()
+    model: str
+    dataset: str
+    evaluation: str
+    metrics: dict[str, float]
+    parents: tuple[int, ...] = ()
+    """Versions this one was made from (compression, fine-tuning)."""
+    code_version: str
+    created_at: str
+    """UTC, ISO 8601."""
+    manifest_sha256: str
+    decision: str = ""
+    """Why it was promoted."""
+
+
+class Hold(Record):
+    """The version is registered, but the champion stays."""
+
+    stage: Literal["promote"] = "promote"
+    name: str
+    version: int
+    champion: int | None
+    reason: str
+
+
+class EndpointRecord(Record):
+    stage: Literal["serve"] = "serve"
+    name: str
+    version: int
+    url: str
+    predict_url: str
+    host: str
+    port: int
+    min_replicas: int
+    max_replicas: int
+    ray_address: str
+    pid: int | None = None
+    """Process that keeps a local endpoint up; None on a cluster."""
+    seconds: float

@@ -1,0 +1,121 @@
+"""The background process that keeps a local endpoint up after the command has returned.
+
+In: a recipe and a version. Out: an EndpointRecord once the endpoint answers. The process is the same command with
+``--block``; it leaves a note (pid, Ray address, token) in the storage, by which later commands find, update and stop it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from orchestrator.errors import ServingFailed
+from orchestrator.recipe import Recipe, to_yaml
+from orchestrator.storage import Storage, atomic_write, endpoint_host_file
+
+_READY_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 40.0
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Host:
+    """A running background process and how to join its Ray instance."""
+
+    pid: int
+    address: str
+    token_path: str | None
+    url: str
+
+
+def find_host(storage: Storage, port: int) -> Host | None:
+    """The process that serves on this port from this storage folder, if it lives."""
+    note = storage.read_json(endpoint_host_file(port))
+    if note is None or not _is_host(note["pid"]):
+        return None
+    return Host(**note)
+
+
+def announce(storage: Storage, port: int, host: Host) -> None:
+    """Called by the process itself once its endpoint answers."""
+    storage.write_json(endpoint_host_file(port), asdict(host))
+
+
+def withdraw(storage: Storage, port: int) -> None:
+    storage.path(endpoint_host_file(port)).unlink(missing_ok=True)
+
+
+def start_host(recipe: Recipe, storage: Storage, version: int) -> Host:
+    """Start the process and wait until its endpoint answers.
+
+    Raises:
+        ServingFailed: it ended before that, with the reason it gave, or took longer than three minutes.
+    """
+    port = recipe.serving.port
+    log = storage.path(f"serve/host-{port}.log")
+    recipe_file = storage.path(f"serve/host-{port}.yaml")
+    atomic_write(recipe_file, to_yaml(recipe).encode())
+    withdraw(storage, port)
+    command = [sys.executable, "-m", "orchestrator.cli", "serve", str(recipe_file), "--version", str(version), "--block"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True)
+    return _wait_ready(process, storage, port, log)
+
+
+def _wait_ready(process: subprocess.Popen[bytes], storage: Storage, port: int, log: Path) -> Host:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if host := find_host(storage, port):
+            return host
+        if process.poll() is not None:
+            raise ServingFailed(_last_words(log), f"the whole log is {log}")
+        time.sleep(_POLL_S)
+    process.terminate()
+    raise ServingFailed(f"the endpoint did not answer within {_READY_TIMEOUT_S:.0f} s", f"its log is {log}")
+
+
+def stop_host(storage: Storage, port: int) -> bool:
+    """End the process and wait until it is gone; False if there was none."""
+    host = find_host(storage, port)
+    if host is None:
+        return False
+    os.kill(host.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while _is_host(host.pid) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    with contextlib.suppress(ProcessLookupError):
+        if _is_host(host.pid):
+            os.killpg(host.pid, signal.SIGKILL)
+    withdraw(storage, port)
+    return True
+
+
+def wait_for_signal() -> None:
+    """Return at SIGTERM or SIGINT."""
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: stopped.append(received))
+    while not stopped:
+        time.sleep(_POLL_S)
+
+
+def _is_host(pid: int) -> bool:
+    """Whether this pid is alive and runs our command: a pid may have been given to another process since."""
+    try:
+        os.kill(pid, 0)
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ProcessLookupError):
+        return False
+    return b"orchestrator" in words and not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
+
+
+def _last_words(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (told or lines or ["the endpoint's process ended without a word"])[-1]

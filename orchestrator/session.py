@@ -1,0 +1,153 @@
+"""Connecting to Ray: a private instance on this machine, or the cluster at an address; and leaving it cleanly.
+
+A private instance has its own folder (mode 0700), its own token and its own ports, and ends with the ``with`` block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ResourceError, UserError
+
+# Ray reads these when it is imported or started; what a user has set already wins.
+_RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports and dead workers are seen ten times sooner
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # logs an error at each run where there is no preemption notice
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "TOKENIZERS_PARALLELISM": "true",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+_OBJECT_STORE_BYTES = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has, free or not, at the moment of connecting."""
+
+    nodes: int
+    cpus: float
+    gpus: float
+    cpus_of_largest_node: float
+
+    def __str__(self) -> str:
+        return f"{self.nodes} node{'s' * (self.nodes != 1)}, {self.cpus:g} CPUs, {self.gpus:g} GPUs"
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open connection to Ray."""
+
+    address: str
+    resources: Resources
+    scratch: Path
+    """A folder of this process for Ray's own bookkeeping; gone with the session."""
+    is_private: bool
+    """Started by this process and ended with it."""
+    token_path: str | None = None
+
+
+def inside_ray_job() -> bool:
+    """Whether this process is the entry point of a submitted job, whose working folder vanishes at its end."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def refuse_vanishing_storage(root: str) -> None:
+    """A relative storage inside a submitted job lies in the job's working folder and would be deleted with it."""
+    if inside_ray_job() and "://" not in root and not Path(root).expanduser().is_absolute():
+        raise UserError(
+            f"storage {root!r} is relative, and this is a submitted job: its working folder is deleted when it ends",
+            "give a path that every node sees, or a URL: --storage /mnt/shared/runs, --storage s3://bucket/runs",
+        )
+
+
+@contextlib.contextmanager
+def connect(address: str | None = None, *, token_path: str | None = None) -> Iterator[Session]:
+    """Join the cluster at ``address`` (or RAY_ADDRESS, as in submitted jobs), or start a private instance.
+
+    Raises:
+        ResourceError: there is no cluster at the address.
+    """
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = address or os.environ.get("RAY_ADDRESS")
+    scratch = Path(tempfile.mkdtemp(prefix="orch-"))  # short: Ray's socket paths must stay under 107 characters
+    try:
+        with _private(scratch) if address is None else _joined(address, scratch, token_path) as session:
+            yield session
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _private(scratch: Path) -> Iterator[Session]:
+    os.environ["RAY_AUTH_MODE"] = "token"
+    token_path = scratch / "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_path)
+    token_path.touch(mode=0o600)
+    token_path.write_text(secrets.token_hex(32))
+    import ray
+
+    ray.init(
+        num_cpus=available_cpus(),
+        _temp_dir=str(scratch / "ray"),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        gcs: str = ray.get_runtime_context().gcs_address
+        yield Session(gcs, _resources(ray), scratch, is_private=True, token_path=str(token_path))
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _joined(address: str, scratch: Path, token_path: str | None) -> Iterator[Session]:
+    if token_path is not None:
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", token_path
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ResourceError(
+            f"cannot join the Ray cluster at {address!r} ({reason})",
+            "check that it runs and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH holds its token, "
+            "or leave --address out to use this machine",
+        ) from None
+    try:
+        yield Session(address, _resources(ray), scratch, is_private=False, token_path=token_path)
+    finally:
+        ray.shutdown()
+
+
+def available_cpus() -> int:
+    """Cores this process may use: the affinity mask, then the container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def _resources(ray: Any) -> Resources:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [float(node.get("CPU", 0.0)) for node in alive]
+    gpus = sum(float(node.get("GPU", 0.0)) for node in alive)
+    return Resources(len(alive), sum(cpus), gpus, max(cpus, default=0.0))

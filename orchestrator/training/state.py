@@ -1,0 +1,80 @@
+"""What a stopped run goes on from: weights, optimiser, position in the data, the best epoch so far, its history.
+
+In: a ``TrainState``. Out: a published folder, verified when it is read. Random states are not in it: every random number
+is drawn from the seed and the position, so that a resumed run draws what the unbroken one would have.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.errors import IntegrityError
+from orchestrator.storage import CHECKPOINTS, Storage, checkpoint_location
+
+_TENSORS, _POSITION = "tensors.pt", "position.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands. ``batch`` is the next batch of ``epoch``; both 0-based."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_epoch: int = -1
+    best_value: float = 0.0
+    loss_sum: float = 0.0
+    """Sum of the step losses of this epoch so far."""
+    seconds: float = 0.0
+    """Time spent in training steps, over all attempts."""
+    resumed: int = 0
+    finished: bool = False
+    stopped_early: bool = False
+
+    def next_epoch(self) -> Position:
+        return replace(self, epoch=self.epoch + 1, batch=0, loss_sum=0.0)
+
+
+def save_state(
+    storage: Storage, run: str, position: Position, network: dict[str, Any], optimizer: dict[str, Any], keep: int = 2
+) -> None:
+    """Publish a checkpoint, then drop all but the newest ``keep``."""
+    with storage.publish(checkpoint_location(run, position.step)) as folder:
+        torch.save({"network": network, "optimizer": optimizer}, folder / _TENSORS)
+        (folder / _POSITION).write_text(json.dumps(asdict(position)), encoding="utf-8")
+    for old in storage.children(f"{run}/{CHECKPOINTS}")[:-keep]:
+        storage.remove(f"{run}/{CHECKPOINTS}/{old}")
+
+
+def latest_state(storage: Storage, run: str) -> tuple[Position, Path | None]:
+    """The newest checkpoint that verifies; a start from nothing if there never was one.
+
+    Raises:
+        IntegrityError: there are checkpoints and none is whole. Starting again in silence would hide the loss.
+    """
+    broken: list[str] = []
+    for name in reversed(storage.children(f"{run}/{CHECKPOINTS}")):
+        location = f"{run}/{CHECKPOINTS}/{name}"
+        if not storage.exists(location):
+            continue
+        try:
+            folder = storage.fetch(location)
+            return Position(**json.loads((folder / _POSITION).read_text(encoding="utf-8"))), folder
+        except IntegrityError as error:
+            broken.append(error.message)
+    if broken:
+        raise IntegrityError(
+            f"no checkpoint of {run} is whole ({broken[0]})",
+            f"restore one, or delete the folder {run} in the storage to train from the start",
+        )
+    return Position(), None
+
+
+def load_tensors(folder: Path, device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(folder / _TENSORS, map_location=device, weights_only=True)
+    return state
