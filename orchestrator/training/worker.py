@@ -20,6 +20,7 @@ from orchestrator.data.augment import augment
 from orchestrator.data.batches import evaluation_batches, plan_epoch, share
 from orchestrator.data.dataset import labels_of, open_split
 from orchestrator.data.encoders import load_encoder
+from orchestrator.data.images import ImageEncoder
 from orchestrator.evaluation.metrics import summary
 from orchestrator.models.checkpoint import save_model
 from orchestrator.progress import Event
@@ -162,10 +163,13 @@ class _Worker:
             )
 
     def _inputs(self, table: pa.Table, rows: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        inputs = self.encoder.collate(table)
-        if rows is not None and self.encoder.kind == "image":
+        """Tensors on the device; with ``rows``, training images are augmented, each by its own seed."""
+        if rows is not None and isinstance(self.encoder, ImageEncoder):
             seeds = [_mix(self.job.recipe.seed, self.position.epoch, int(row)) for row in rows]
-            inputs["pixels"] = augment(inputs["pixels"], self.settings.augmentation, seeds)
+            pixels = augment(self.encoder.pixels(table), self.settings.augmentation, seeds)
+            inputs = {"pixels": self.encoder.normalise(pixels)}
+        else:
+            inputs = self.encoder.collate(table)
         return {name: tensor.to(self.compute.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _sum_over_workers(self, value: float) -> float:

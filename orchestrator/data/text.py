@@ -1,0 +1,94 @@
+"""Texts to token ids, by the backbone's own tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from orchestrator.data.encoder import PREPROCESS, Encoded
+from orchestrator.data.torchvision_ops import ensure_torchvision
+from orchestrator.errors import BackboneError
+from orchestrator.storage import sha256_json
+
+_PAD_MULTIPLE = 8
+"""Batches are padded to a multiple of this: kernels like it, and fewer shapes occur."""
+
+
+class TextEncoder:
+    """Keeps the folder its tokenizer came from, and opens it in each process when first used."""
+
+    kind: ClassVar[Literal["text"]] = "text"
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        """``folder``: tokenizer files. Texts are cut to ``max_tokens``, special tokens included."""
+        self.folder, self.max_tokens = folder, max_tokens
+
+    @classmethod
+    def from_backbone(cls, folder: str, max_tokens: int) -> TextEncoder:
+        """Raises BackboneError when the folder holds no fast tokenizer."""
+        encoder = cls(Path(folder), max_tokens)
+        limit = encoder.tokenizer.model_max_length
+        return cls(Path(folder), min(max_tokens, limit)) if limit < max_tokens else encoder
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        ensure_torchvision()
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, use_fast=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BackboneError(f"{self.folder} holds no tokenizer ({reason})", "name a complete backbone") from None
+        if not tokenizer.is_fast:
+            raise BackboneError(f"the tokenizer in {self.folder} has no fast version", "choose another backbone")
+        return tokenizer
+
+    @cached_property
+    def _backend(self) -> Any:
+        """The Rust tokenizer itself, which works on all cores; transformers' wrapper would cost as much again."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.enable_truncation(self.max_tokens)
+        backend.no_padding()
+        return backend
+
+    def columns(self) -> list[pa.Field]:
+        return [pa.field("input_ids", pa.list_(pa.int32()))]
+
+    def encode(self, inputs: Sequence[str]) -> Encoded:
+        encodings = self._backend.encode_batch_fast(list(inputs))
+        rows = [encoding.ids for encoding in encodings]
+        offsets = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        flat = np.fromiter((token for row in rows for token in row), np.int32, count=int(offsets[-1]))
+        return Encoded({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))})
+
+    def lengths(self, table: pa.Table) -> np.ndarray:
+        return np.asarray(pc.list_value_length(table["input_ids"]).to_numpy(), np.int64)
+
+    def collate(self, table: pa.Table) -> dict[str, torch.Tensor]:
+        """int64 [rows, longest] ``input_ids`` and ``attention_mask``."""
+        column = table["input_ids"].combine_chunks()
+        lengths = np.asarray(pc.list_value_length(column).to_numpy(), np.int64)
+        width = min(self.max_tokens, -(-int(lengths.max()) // _PAD_MULTIPLE) * _PAD_MULTIPLE)
+        mask = np.arange(width) < lengths[:, None]
+        ids = np.full(mask.shape, self.tokenizer.pad_token_id or 0, np.int64)
+        ids[mask] = column.flatten().to_numpy()
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+    def describe(self) -> dict[str, Any]:
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        rules = {name: backend[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")}
+        return {"kind": self.kind, "max_tokens": self.max_tokens, "tokenizer_sha256": sha256_json(rules)}
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        (folder / PREPROCESS).write_text(json.dumps(self.describe(), indent=2), encoding="utf-8")
