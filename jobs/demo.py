@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.pipeline import Pipeline
 from orchestrator.present import describe
 from orchestrator.progress import display
 from orchestrator.recipe import load_recipe
@@ -86,6 +85,8 @@ def show_answers(instances: Sequence[Any], answer: dict[str, Any]) -> str:
 
 
 def demo(kind: str, keep: bool) -> None:
+    from orchestrator.pipeline import Pipeline
+
     started = time.monotonic()
     instances = write_reviews() if kind == "text" else write_digits()
     recipe = load_recipe(RECIPES[kind])

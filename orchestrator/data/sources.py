@@ -19,7 +19,7 @@ from pyarrow import fs
 
 from orchestrator.data.tables import READERS, BadRow, RowBatch, Table
 from orchestrator.errors import DataError
-from orchestrator.recipe import Data, Recipe
+from orchestrator.recipe import Data
 from orchestrator.storage import Storage, sha256_json
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -70,13 +70,14 @@ def open_source(data: Data) -> Source:
 
 class Source:
     def __init__(self, data: Data, files: Sequence[SourceFile]) -> None:
-        self.data, self.files = data, tuple(files)
         kinds = {_kind(file.name) for file in files}
         if len(kinds) > 1:
             raise DataError(
                 f"the source mixes {' and '.join(sorted(map(str, kinds)))} files", "keep one kind per folder"
             )
         self.is_image_folder = kinds == {"image"}
+        limit = data.max_rows if self.is_image_folder else None  # images lie class by class: take some of each
+        self.data, self.files = data, tuple(files) if limit is None else _spread(files, limit)
 
     @property
     def given_splits(self) -> tuple[str, ...]:
@@ -242,6 +243,13 @@ def _aligned(table: pa.Table, columns: list[str] | None, name: str) -> pa.Table:
                         f"({', '.join(columns)})", "give all files the same columns")  # fmt: skip
     missing = pa.nulls(table.num_rows, pa.string())
     return pa.table({c: table[c] if c in table.column_names else missing for c in columns})
+
+
+def _spread(files: Sequence[SourceFile], limit: int) -> tuple[SourceFile, ...]:
+    """At most ``limit`` files, evenly spaced."""
+    if len(files) <= limit:
+        return tuple(files)
+    return tuple(files[number * len(files) // limit] for number in range(limit))
 
 
 def _first_rows(batches: Iterator[SourceBatch], limit: int) -> Iterator[SourceBatch]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.images import ImageEncoder, median_short_side
@@ -20,7 +19,7 @@ class ImageClassification(Task):
     default_backbone = "resnet50"
     library = "torchvision"
 
-    def encoder(self, settings: Model, images: Sequence[Path]) -> Encoder:
+    def encoder(self, settings: Model, images: Iterable[bytes]) -> Encoder:
         size = settings.image_size or automatic_size(median_short_side(images))
         return ImageEncoder(size, _MEAN, _STD)
 

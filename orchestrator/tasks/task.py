@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,8 +25,8 @@ class Task:
     def backbone(self, settings: Model) -> str:
         return settings.backbone or self.default_backbone
 
-    def encoder(self, settings: Model, images: Sequence[Path]) -> Encoder:
-        """The encoder the recipe asks for; ``images`` is a sample of the source's, for the automatic size."""
+    def encoder(self, settings: Model, images: Iterable[bytes]) -> Encoder:
+        """The encoder the recipe asks for; ``images`` is a sample of the source's files, for the automatic size."""
         raise TypeError(f"{type(self).__name__} makes no encoder")
 
     def network(self, settings: Model, labels: tuple[str, ...]) -> Network:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.text import TextEncoder
@@ -18,7 +17,7 @@ class TextClassification(Task):
     default_backbone = "sentence-transformers/all-MiniLM-L6-v2"
     library = "transformers"
 
-    def encoder(self, settings: Model, images: Sequence[Path]) -> Encoder:
+    def encoder(self, settings: Model, images: Iterable[bytes]) -> Encoder:
         return TextEncoder.from_backbone(str(text_backbone_folder(self.backbone(settings))), settings.max_tokens)
 
     def learning_rate(self, recipe: Recipe) -> float:
