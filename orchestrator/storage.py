@@ -59,6 +59,11 @@ def endpoint_host_file(port: int) -> str:
     return f"serve/host-{port}.json"
 
 
+def feedback_location(name: str) -> str:
+    """What users said about a model's answers."""
+    return f"serve/feedback/{name}"
+
+
 def cache_root() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "orchestrator"
