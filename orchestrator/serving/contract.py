@@ -304,7 +304,9 @@ def _dotted(location: Sequence[str | int]) -> str:
 def _inputs(values: Sequence[Any], field: str, model: ModelInfo) -> list[Input]:
     limit = model.limits.max_instances
     if len(values) > limit:
-        _refuse(field, f"holds {len(values)} inputs, more than the {limit} this model takes at once", "send fewer at a time")
+        _refuse(
+            field, f"holds {len(values)} inputs, more than the {limit} this model takes at once", "send fewer at a time"
+        )
     read = _image if model.input_kind == "image" else _text
     return [read(value, f"{field}[{index}]", model) for index, value in enumerate(values)]
 

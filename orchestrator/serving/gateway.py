@@ -107,7 +107,9 @@ class Routes:
             app.get(path, summary=summary, response_class=Response)(endpoint)
         for path, endpoint, summary, schema in post:
             body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-            answers: dict[int | str, dict[str, Any]] = {code: {"model": ErrorAnswer} for code in (400, 404, 413, 422, 503)}
+            answers: dict[int | str, dict[str, Any]] = {
+                code: {"model": ErrorAnswer} for code in (400, 404, 413, 422, 503)
+            }
             if endpoint == self.predict:
                 answers[200] = {"model": PredictAnswer}
             app.post(path, summary=summary, openapi_extra=body, responses=answers, response_class=Response)(endpoint)
@@ -293,7 +295,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
         allowed = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "")
         told = ApiError(405, "method_not_allowed", f"{request.method[:20]} is not possible here", f"use {allowed}")
     else:
-        told = ApiError(error.status_code, "not_found", "there is nothing at this address", "see /docs for what there is")
+        told = ApiError(
+            error.status_code, "not_found", "there is nothing at this address", "see /docs for what there is"
+        )
     response = error_response(told)
     response.headers.update(error.headers or {})
     return response

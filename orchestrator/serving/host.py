@@ -62,9 +62,20 @@ def start_host(recipe: Recipe, storage: Storage, version: int) -> Host:
     recipe_file = storage.path(f"serve/host-{port}.yaml")
     atomic_write(recipe_file, to_yaml(recipe).encode())
     withdraw(storage, port)
-    command = [sys.executable, "-m", "orchestrator.cli", "serve", str(recipe_file), "--version", str(version), "--block"]
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator.cli",
+        "serve",
+        str(recipe_file),
+        "--version",
+        str(version),
+        "--block",
+    ]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+        )
     return _wait_ready(process, storage, port, log)
 
 
