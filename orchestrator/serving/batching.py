@@ -1,8 +1,8 @@
 """Dynamic batching: requests that arrive while a batch is computed form the next one.
 
-In: requests of one or more inputs each. Out: their results. Serve's own ``@serve.batch`` closes a batch by time alone, even
-while the previous one is still being computed, so it gathers only for as long as every request also waits; and it takes no
-request of several inputs. Knows neither Ray nor models.
+In: requests of one or more inputs each. Out: their results. Serve's own ``@serve.batch`` closes a batch by time alone,
+even while the previous one is still being computed: it gathers only for as long as it makes every request wait. And it
+takes no request of several inputs. Knows neither Ray nor models.
 """
 
 from __future__ import annotations

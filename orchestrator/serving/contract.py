@@ -1,7 +1,7 @@
 """What clients send and get: TensorFlow-Serving-like ``/v1`` and the Open Inference Protocol ``/v2``.
 
-In: a request's body as bytes, and what the model says of itself. Out: checked inputs (texts, or the bytes of images), or an
-``ApiError`` that names the field. Knows no HTTP server, no network and no Ray.
+In: a request's body as bytes, and what the model says of itself. Out: checked inputs (texts, or the bytes of images),
+or an ``ApiError`` that names the field. Knows no HTTP server, no network and no Ray.
 """
 
 from __future__ import annotations

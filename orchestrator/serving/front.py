@@ -1,7 +1,7 @@
 """What Ray Serve's own HTTP proxy must not be told by clients.
 
-The proxy obeys request headers that switch its time limit off, ignore a disconnect or choose a replica, and fails with 500
-when one of them is not UTF-8. This middleware stands before it and takes them away. Knows only headers.
+The proxy obeys request headers that switch its time limit off, ignore a disconnect or choose a replica, and fails with
+500 when one of them is not UTF-8. This middleware stands before it and takes them away. Knows only headers.
 """
 
 from __future__ import annotations

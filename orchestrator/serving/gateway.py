@@ -1,7 +1,7 @@
 """The endpoint's HTTP face: one app, all models.
 
-In: HTTP requests. Out: the answers of ``Models``, a small protocol behind which replicas, or a test's fake, stand. Knows no
-Ray and no torch.
+In: HTTP requests. Out: the answers of ``Models``, a small protocol behind which replicas, or a test's fake, stand.
+Knows no Ray and no torch.
 """
 
 from __future__ import annotations
@@ -248,8 +248,7 @@ def _check_size(size_bytes: int, limit_bytes: int) -> None:
 def _page(file: Path) -> Callable[[], Awaitable[Response]]:
     """A self-contained HTML file. Its own scripts and styles are allowed by their hashes, and nothing else is."""
     html = file.read_text(encoding="utf-8")
-    allowed = {f"{tag}-src": " ".join(f"'sha256-{_hash(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.S))
-               for tag in ("script", "style")}  # fmt: skip
+    allowed = {f"{tag}-src": _hashes(re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.S)) for tag in ("script", "style")}
     policy = {"default-src": "'none'", **allowed, "img-src": "'self' blob: data:", "connect-src": "'self'",
               "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'"}  # fmt: skip
     headers = {
@@ -266,8 +265,9 @@ def _page(file: Path) -> Callable[[], Awaitable[Response]]:
     return page
 
 
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+def _hashes(texts: Sequence[str]) -> str:
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
 def _infer_schema() -> dict[str, Any]:

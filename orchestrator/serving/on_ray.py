@@ -1,8 +1,8 @@
 """Ray Serve: one gateway application, and one application per model behind it.
 
-In: where a version's folder is, and the recipe's goals. Out: a URL that answers with that version. Every function expects
-Ray to be connected already. The gateway finds models by asking Serve once a second, so models come, change and go without
-it being deployed again. A new version replaces the old one only once it has loaded, been verified and been warmed up.
+In: where a version's folder is, and the recipe's goals. Out: a URL that answers with that version. Every function
+expects Ray to be connected already. The gateway finds models by asking Serve once a second, so models come, change and
+go without it being deployed again. A new version replaces the old one only once it has loaded, verified and warmed up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import re
 import socket
 import time
-import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -415,9 +414,16 @@ def _wait_until_known(url: str, served: Served) -> None:
     """The gateway looks once a second; asked here as any client would."""
     deadline = time.monotonic() + 30.0
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, urllib.error.URLError, ValueError):
-            with urllib.request.urlopen(f"{url}/v1/models/{served.name}", timeout=5.0) as answer:
-                if json.load(answer)["model_version"] == str(served.version):
-                    return
+        if _answered_version(url, served.name) == str(served.version):
+            return
         time.sleep(0.1)
     raise ServingFailed(f"{url} does not answer with {served.name} version {served.version}", "see Serve's logs")
+
+
+def _answered_version(url: str, name: str) -> str | None:
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models/{name}", timeout=5.0) as answer:
+            version: str = json.load(answer)["model_version"]
+    except (OSError, ValueError):
+        return None
+    return version

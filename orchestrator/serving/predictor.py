@@ -1,7 +1,7 @@
 """From raw inputs to probabilities, with a saved model. No HTTP, no Ray: the endpoint and offline callers share it.
 
-What shares a batch decides how far texts are padded, and padding changes the order of floating-point sums: the same input
-alone and in a batch agree to about 1e-7, not to the last bit.
+What shares a batch decides how far texts are padded, and padding changes the order of floating-point sums: the same
+input alone and in a batch agree to about 1e-7, not to the last bit.
 """
 
 from __future__ import annotations

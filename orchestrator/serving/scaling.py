@@ -71,8 +71,8 @@ def plan_scale(goals: Serving, measured: Latency | None = None) -> Scale:
         downscale_delay_s=60.0,
         reasons={
             "batch_wait_timeout_s": (
-                f"batching saves {latency.single_ms / latency.per_row_ms:.1f} times; what arrives while a batch is computed "
-                f"forms the next one in any case, so an idle replica waits {wait_ms:.1f} ms at most"
+                f"batching is {latency.single_ms / latency.per_row_ms:.1f} times as fast; what arrives while a batch "
+                f"is computed forms the next one in any case, so an idle replica waits {wait_ms:.1f} ms at most"
             ),
             "target_ongoing_requests": (
                 f"a request waits for the running batch and is computed in the next: twice a batch of {fitting} "
@@ -81,10 +81,10 @@ def plan_scale(goals: Serving, measured: Latency | None = None) -> Scale:
             ),
             "max_ongoing_requests": "one batch is computed while the next one gathers",
             "max_queued_requests": (
-                f"{goals.min_replicas} replicas answer {goals.min_replicas * rate_per_s:.0f} inputs/s; more than half of "
-                f"request_timeout_s of them waiting would time out, so they are turned away at once"
+                f"{goals.min_replicas} replicas answer {goals.min_replicas * rate_per_s:.0f} inputs/s; who would wait "
+                f"for more than half of request_timeout_s is turned away at once"
             ),
-            "metrics_interval_s": "replicas report twice a second: Serve's default of 10 s triples the time to scale up",
+            "metrics_interval_s": "twice a second; with Serve's default of 10 s it takes thrice as long to scale up",
             "look_back_period_s": "the mean over four reports, so that one burst does not start a replica",
             "upscale_delay_s": "a replica takes seconds to start, so a lasting load is answered soon",
             "downscale_delay_s": "a replica that was needed within the last minute is kept",
