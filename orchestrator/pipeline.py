@@ -7,28 +7,31 @@ whose record is already there under its key does nothing. Ray is started when th
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 import orchestrator
+from orchestrator.data.dataset import labels_of, open_split
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.prepare import content_key
 from orchestrator.data.prepare import prepare as prepare_dataset
+from orchestrator.data.schema import infer_schema
 from orchestrator.data.sources import Source, open_source
-from orchestrator.errors import DataError, ModelNotFound, ServingFailed
-from orchestrator.evaluation.scores import Scores
+from orchestrator.errors import ModelNotFound, ServingFailed
+from orchestrator.evaluation.predictions import pictures_of, read_predictions, write_predictions
+from orchestrator.evaluation.scores import evaluate_predictions, slice_scores
 from orchestrator.progress import Event, Report, format_seconds, ignore
-from orchestrator.recipe import Model, Recipe, to_yaml
+from orchestrator.recipe import Model, Recipe, parse_recipe, to_yaml
 from orchestrator.records import (
     DatasetRecord,
     EndpointRecord,
@@ -39,8 +42,8 @@ from orchestrator.records import (
     Record,
     VersionRecord,
 )
-from orchestrator.registry.promotion import Promote, Scored, decide
-from orchestrator.registry.store import Registry
+from orchestrator.registry.promotion import Answers, Promote, decide
+from orchestrator.registry.store import CHALLENGER, CHAMPION, Registry
 from orchestrator.session import Session, connect, refuse_vanishing_storage
 from orchestrator.storage import (
     MODEL,
@@ -56,7 +59,10 @@ from orchestrator.storage import (
 )
 from orchestrator.tasks import TASKS
 
-CHAMPION, CHALLENGER = "champion", "challenger"
+if TYPE_CHECKING:
+    from orchestrator.evaluation.on_ray import Cost
+
+_SAMPLE_IMAGES = 64
 R = TypeVar("R", bound=Record)
 
 
@@ -73,13 +79,18 @@ class Pipeline:
         self.task = TASKS[recipe.task]
         self.exits = contextlib.ExitStack()
 
+    def close_session(self) -> None:
+        """Leave Ray; the next stage that needs it connects anew."""
+        self.exits.close()
+        self.__dict__.pop("session", None)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.exits.close()
+        self.close_session()
 
     @cached_property
     def session(self) -> Session:
@@ -92,7 +103,7 @@ class Pipeline:
 
     @cached_property
     def source(self) -> Source:
-        return open_source(self.recipe)
+        return open_source(self.recipe.data)
 
     def walk(self, verb: str) -> Record | dict[str, Any]:
         """Every stage up to ``verb``; returns its record, or all records for ``run``."""
@@ -125,7 +136,13 @@ class Pipeline:
         )  # fmt: skip
 
     def _encoder(self, recipe: Recipe) -> Encoder:
-        return self.task.encoder(recipe.model, self.source)
+        if self.task.input_kind == "text":
+            return self.task.encoder(recipe.model, ())
+        schema = infer_schema(self.source.sample, recipe.data.columns, "image")
+        names = self.source.sample[schema.input_column].drop_null().to_pylist()
+        step = max(1, len(names) // _SAMPLE_IMAGES)
+        contents = self.source.read_images(names[::step], self.source.files[0].name)
+        return self.task.encoder(recipe.model, [content for content in contents if isinstance(content, bytes)])
 
     # --------------------------------------------------------------------------------------------------------- train
 
@@ -139,8 +156,7 @@ class Pipeline:
         from orchestrator.training.on_ray import fit, place_workers
         from orchestrator.training.worker import TrainJob
 
-        # Said now, in this process, before any worker waits for it.
-        self.task.check_backbone(self.recipe.model)
+        self.task.network(self.recipe.model, dataset.labels)  # a backbone that is not there is said now, not by a worker
         placement = place_workers(self.recipe.training, self.session.resources)
         run = stage_location("train", self.recipe.name, key)
         atomic_write(self.storage.path(run) / RECIPE, to_yaml(self.recipe).encode())
@@ -170,7 +186,7 @@ class Pipeline:
             best_value=-position.best_value if metric == "loss" else position.best_value, steps=position.step,
             workers=workers, device=device,
             precision=resolve_precision(self.recipe.training.precision, torch.device(device)),
-            parameters=_read_json(folder / CARD)["parameters"], size_bytes=folder_bytes(folder),
+            parameters=json.loads((folder / CARD).read_text())["parameters"], size_bytes=folder_bytes(folder),
             seconds=position.seconds, samples_per_s=trained_rows / max(position.seconds, 1e-9),
             resumed=position.resumed, stopped_early=position.stopped_early,
         )  # fmt: skip
@@ -184,18 +200,11 @@ class Pipeline:
         return self._once("evaluate", key, EvaluationRecord, lambda: self._evaluate(model, dataset, key))
 
     def _evaluate(self, model: ModelRecord, dataset: DatasetRecord, key: str) -> EvaluationRecord:
-        from orchestrator.evaluation.on_ray import measure_cost
-        from orchestrator.evaluation.report import write_report
-        from orchestrator.evaluation.scores import evaluate_predictions, slice_scores
-
         started = time.monotonic()
-        job, workers, cpus = self._predict_job(model.model_location, dataset)
-        probabilities = self._predict(model.model_location, dataset)
-        cost = measure_cost(job, cpus)
-        table = self._test_rows(dataset)
-        labels = table["label"].to_numpy()
-        settings = self.recipe.evaluation
-        self.report(Event("evaluate", message=f"{settings.bootstrap_samples} bootstrap samples of {len(labels)} rows"))
+        self.report(Event("evaluate", message=f"{dataset.splits['test'].rows} test rows"))
+        probabilities, cost = self._predict_test(model.model_location, dataset, with_cost=True)
+        table = open_split(self.storage.fetch(dataset.location, verify=False), "test")
+        labels, settings = labels_of(table), self.recipe.evaluation
         scores = evaluate_predictions(labels, probabilities, dataset.labels, samples=settings.bootstrap_samples,
                                       confidence=settings.confidence, seed=self.recipe.seed)  # fmt: skip
         location = stage_location("evaluate", self.recipe.name, key)
@@ -208,8 +217,182 @@ class Pipeline:
             predictions=f"{location}/{PREDICTIONS}", seconds=time.monotonic() - started,
         )  # fmt: skip
         with self.storage.publish(location) as folder:
-            _write_predictions(folder / PREDICTIONS, table, probabilities, dataset.labels)
-            write_report(folder / REPORT, self._report_content(record, model, dataset, table, probabilities, scores))
-            atomic_write(folder / RECIPE, to_yaml(self.recipe).encode())
-            atomic_write(folder / RECORD, record.model_dump_json(indent=2).encode())
+            write_predictions(folder / PREDICTIONS, table, probabilities, dataset.labels)
+            self._write_report(folder / REPORT, record, model, dataset, probabilities)
+            (folder / RECIPE).write_text(to_yaml(self.recipe), encoding="utf-8")
+            (folder / RECORD).write_text(record.model_dump_json(indent=2), encoding="utf-8")
         return record
+
+    def _predict_test(self, model: str, dataset: DatasetRecord, *, with_cost: bool) -> tuple[np.ndarray, Cost]:
+        from orchestrator.evaluation.on_ray import Cost, PredictJob, measure_cost, predict_split
+        from orchestrator.training.on_ray import place_workers
+
+        placement = place_workers(self.recipe.training, self.session.resources)
+        job = PredictJob(self.recipe.storage, model, dataset.location, "test", self.recipe.evaluation.batch_size,
+                         placement.device)  # fmt: skip
+        rows = dataset.splits["test"].rows
+        probabilities = predict_split(job, rows, placement.workers, placement.cpus_per_worker, self.report)
+        cost = measure_cost(job, placement.cpus_per_worker) if with_cost else Cost(0.0, 0.0, 0.0)
+        return probabilities, cost
+
+    def _write_report(
+        self, path: Path, record: EvaluationRecord, model: ModelRecord, dataset: DatasetRecord, probabilities: np.ndarray
+    ) -> None:
+        from orchestrator.evaluation.report import TestRows, write_report
+        from orchestrator.training.metrics_log import read_metrics
+
+        table = open_split(self.storage.fetch(dataset.location, verify=False), "test")
+        rows = TestRows(labels_of(table), probabilities, table["raw"].to_pylist(), pictures_of(table, dataset))
+        steps = [(m["step"], m["loss"]) for m in read_metrics(self.storage.path(model.location)) if m["kind"] == "train"]
+        write_report(path, record, model, dataset, rows, steps, self.recipe.evaluation.mistakes)
+
+    # ------------------------------------------------------------------------------------------------------- promote
+
+    def promote(self, model: ModelRecord, dataset: DatasetRecord, evaluation: EvaluationRecord) -> VersionRecord | Hold:
+        """Register the model; make it champion if it is better than the present one on the same test rows."""
+        version = self._register(model, dataset, evaluation)
+        if CHAMPION in version.aliases:
+            return version.model_copy(update={"decision": version.decision or "already champion"})
+        champion = self._champion()
+        rival = None if champion is None else self._answers_of_champion(champion, dataset)
+        verdict = decide(self._answers(evaluation), rival, self.recipe.promotion, self.recipe.seed)
+        expected = None if champion is None else champion.version
+        if isinstance(verdict, Promote):
+            self.registry.set_alias(version.name, CHAMPION, version.version, verdict.reason, expected=expected)
+            return self.registry.get(version.name, version.version).model_copy(update={"decision": verdict.reason})
+        self.registry.set_alias(version.name, CHALLENGER, version.version, verdict.reason)
+        return Hold(name=version.name, version=version.version, champion=expected, reason=verdict.reason)
+
+    def _register(self, model: ModelRecord, dataset: DatasetRecord, evaluation: EvaluationRecord) -> VersionRecord:
+        draft = VersionRecord(
+            name=self.recipe.name, version=0, location="", model=model.key, dataset=dataset.key,
+            evaluation=evaluation.key, metrics={n: i.value for n, i in evaluation.metrics.items()},
+            code_version=code_version(), created_at=datetime.now(UTC).isoformat(), manifest_sha256="",
+        )  # fmt: skip
+        run = self.storage.path(model.location)
+        results = self.storage.fetch(evaluation.location)
+        files = {MODEL: self.storage.fetch(model.model_location), RECIPE: run / RECIPE,
+                 "evaluation.json": results / RECORD, REPORT: results / REPORT}  # fmt: skip
+        return self.registry.register(draft, files)
+
+    def _champion(self) -> VersionRecord | None:
+        try:
+            return self.registry.get(self.recipe.name, CHAMPION)
+        except ModelNotFound:
+            return None
+
+    def _answers(self, evaluation: EvaluationRecord) -> Answers:
+        return Answers(*read_predictions(self.storage.fetch(evaluation.location) / PREDICTIONS))
+
+    def _answers_of_champion(self, champion: VersionRecord, dataset: DatasetRecord) -> Answers:
+        """The champion's answers on today's test rows: those it gave already, or given now if the data has changed."""
+        folder = self.registry.open(champion)
+        earlier = EvaluationRecord.model_validate_json((folder / "evaluation.json").read_text(encoding="utf-8"))
+        if earlier.dataset == dataset.key:
+            return self._answers(earlier)
+        self.report(Event("promote", message=f"the data has changed: asking version {champion.version} again"))
+        recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
+        encoded_for_it = self.prepare(recipe.model)
+        probabilities, _ = self._predict_test(f"{champion.location}/{MODEL}", encoded_for_it, with_cost=False)
+        table = open_split(self.storage.fetch(encoded_for_it.location, verify=False), "test")
+        return Answers(table["row"].to_numpy(), labels_of(table), probabilities.argmax(axis=1))
+
+    # --------------------------------------------------------------------------------------------------------- serve
+
+    def version_to_serve(self, version: int | None = None) -> VersionRecord:
+        """The given version, or the champion. Raises ServingFailed when there is none."""
+        if version is not None:
+            return self.registry.get(self.recipe.name, version)
+        champion = self._champion()
+        if champion is None:
+            raise ServingFailed(f"{self.recipe.name} has no champion", "see why: orchestrator promote, then serve")
+        return champion
+
+    def serve(self, version: VersionRecord) -> EndpointRecord:
+        """Put a version behind the endpoint: on the cluster, or in a background process of this machine."""
+        from orchestrator.serving.host import find_host, start_host
+
+        if self.address or os.environ.get("RAY_ADDRESS"):
+            return self._deploy(version, self.session, pid=None)
+        self.close_session()  # the endpoint's own Ray needs the cores
+        started = time.monotonic()
+        host = find_host(self.storage, self.recipe.serving.port)
+        if host is None:
+            self.report(Event("serve", message=f"starting the endpoint on port {self.recipe.serving.port}"))
+            host = start_host(self.recipe, self.storage, version.version)
+            return self._endpoint(version, host.url, host.address, host.pid, time.monotonic() - started)
+        self.report(Event("serve", message=f"updating the endpoint at {host.url}"))
+        with connect(host.address, token_path=host.token_path) as session:
+            return self._deploy(version, session, pid=host.pid)
+
+    def serve_in_foreground(self, version: int | None) -> dict[str, Any]:
+        """Serve from this process until it gets SIGTERM or SIGINT, then let requests finish and stop."""
+        from orchestrator.serving.host import Host, announce, wait_for_signal, withdraw
+        from orchestrator.serving.on_ray import shutdown
+
+        session, port = self.session, self.recipe.serving.port
+        endpoint = self._deploy(self.version_to_serve(version), session, pid=os.getpid())
+        announce(self.storage, port, Host(os.getpid(), session.address, session.token_path, endpoint.url))
+        self.report(Event("serve", message=f"{endpoint.url} is up; Ctrl-C stops it"))
+        try:
+            wait_for_signal()
+        finally:
+            withdraw(self.storage, port)
+            shutdown()
+        return {"stage": "serve", "stopped": True}
+
+    def stop_serving(self) -> dict[str, Any]:
+        """Take the endpoint down; on a cluster, this model only."""
+        from orchestrator.serving.host import stop_host
+
+        if self.address or os.environ.get("RAY_ADDRESS"):
+            from orchestrator.serving.on_ray import undeploy
+
+            return {"stage": "serve", "stopped": undeploy(self.session, self.recipe.name)}
+        return {"stage": "serve", "stopped": stop_host(self.storage, self.recipe.serving.port)}
+
+    def _deploy(self, version: VersionRecord, session: Session, pid: int | None) -> EndpointRecord:
+        from orchestrator.serving.on_ray import deploy
+
+        started = time.monotonic()
+        self.registry.open(version)  # refuses a version whose files were changed, before anything is touched
+        url = deploy(version, self.recipe, session, self.report)
+        return self._endpoint(version, url, session.address, pid, time.monotonic() - started)
+
+    def _endpoint(self, version: VersionRecord, url: str, address: str, pid: int | None, seconds: float) -> EndpointRecord:
+        settings = self.recipe.serving
+        return EndpointRecord(
+            name=version.name, version=version.version, url=url, predict_url=f"{url}/v1/models/{version.name}:predict",
+            host=settings.host, port=settings.port, min_replicas=settings.min_replicas,
+            max_replicas=settings.max_replicas, ray_address=address, pid=pid, seconds=seconds,
+        )  # fmt: skip
+
+    # --------------------------------------------------------------------------------------------------------- again
+
+    def _once(self, stage: str, key: str, kind: type[R], make: Callable[[], R]) -> R:
+        """The stage's record if it is there under its key, else made now."""
+        location = f"{stage_location(stage, self.recipe.name, key)}/{RECORD}"
+        values = self.storage.read_json(location)
+        if values is not None:
+            self.report(Event(stage, message="unchanged, taken from before"))
+            return kind.model_validate(values)
+        started = time.monotonic()
+        record = make()
+        if not self.storage.exists(location):
+            self.storage.write_json(location, record.model_dump(mode="json"))
+        self.report(Event(stage, message=f"done in {format_seconds(time.monotonic() - started)}"))
+        return record
+
+
+def code_version() -> str:
+    """This package's version, with the commit when it runs from a repository."""
+    folder = Path(orchestrator.__file__).parent
+    git = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    commit = f"+{git.stdout.strip()}" if git.returncode == 0 else ""
+    return orchestrator.__version__ + commit
+
+
+def _epoch_metrics(line: dict[str, Any]) -> EpochMetrics:
+    scores = {name: line[name] for name in ("loss", "accuracy", "macro_f1", "weighted_f1")}
+    return EpochMetrics(epoch=line["epoch"], step=line["step"], train_loss=line["train_loss"], validation=scores,
+                        learning_rate=line["learning_rate"], samples_per_s=line["samples_per_s"])  # fmt: skip

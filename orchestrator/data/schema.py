@@ -1,92 +1,109 @@
-"""A first look at data nobody has described yet: what it seems to be, its columns, its classes, what looks odd.
+"""Which column is the input and which the label: as told, or inferred where there is only one answer.
 
-In: a path. Out: a ``SourceSummary``, from which a recipe can be started.
+In: the first rows. Out: two column names, or a DataError that lists the columns and says what is unclear.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import difflib
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.data.columns import IMAGE_TASK, LABEL_COLUMN, has_image_column, infer_columns
-from orchestrator.data.sources import Source, open_source
-from orchestrator.recipe import Columns, Data, Recipe
+from orchestrator.data.sources import IMAGE_COLUMN, IMAGE_SUFFIXES, LABEL_COLUMN
+from orchestrator.errors import DataError
+from orchestrator.recipe import Columns
 
-__all__ = ["SourceSummary", "infer_columns", "inspect_source"]
-
-_TEXT_TASK = "text_classification"
-_UNEVEN = 10
-_FEW_ROWS = 10
+_TEXT_NAMES = ("text", "sentence", "review", "content", "body", "message", "comment", "document", "title")
+_LABEL_NAMES = ("label", "class", "category", "target", "sentiment", "topic", "intent", "score", "rating", "y")
+_MAX_CLASSES = 200
+_MIN_WORDS = 2.5
 
 
 @dataclass(frozen=True)
-class SourceSummary:
-    task: str
-    files: int
-    rows: int
-    is_exact: bool
-    """Whether ``rows`` was counted; else it is estimated from the first rows and the files' size."""
-    columns: tuple[str, ...]
+class Schema:
+    kind: Literal["text", "image"]
     input_column: str
     label_column: str
-    labels: dict[str, int]
-    """Rows per label, most frequent first: of all rows for a folder of images, else of the first rows."""
-    given_splits: tuple[str, ...]
-    """Splits that the folders' names give."""
-    warnings: tuple[str, ...]
 
 
-def inspect_source(path: str) -> SourceSummary:
-    """Look at the first rows. Raises DataError when nothing can be made of them."""
-    source = open_source(_recipe(path, IMAGE_TASK))
-    if not source.is_image_folder:
-        source = open_source(_recipe(path, _TEXT_TASK))
-    sample = source.sample
-    task = IMAGE_TASK if source.is_image_folder or has_image_column(sample) else _TEXT_TASK
-    input_column, label_column = infer_columns(sample, Columns(), task)
-    labels = _label_counts(source, sample, label_column)
-    rows, is_exact = _count_rows(source, sample)
-    return SourceSummary(
-        task, len(source.files), rows, is_exact, tuple(sample.column_names), input_column, label_column, labels,
-        source.given_splits, tuple(_warnings(sample, input_column, label_column, labels, rows)),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Profile:
+    name: str
+    distinct: int
+    filled: int
+    words: float
+    """Mean number of words in a value."""
+    images: float
+    """Share of the values that end like an image file."""
+    numeric: float
+    """Share of the values that are numbers with a fraction: measurements, not classes."""
 
 
-def _recipe(path: str, task: str) -> Recipe:
-    return Recipe.model_validate({"name": "first-look", "task": task, "data": Data(source=path)})
+def infer_schema(sample: pa.Table, wanted: Columns, kind: Literal["text", "image"] | None = None) -> Schema:
+    """Names of the input and the label column. ``kind`` None: whatever the columns look like."""
+    for name in (wanted.text, wanted.image, wanted.label):
+        _check_is_there(name, sample.column_names)
+    if sample.column_names == [IMAGE_COLUMN, LABEL_COLUMN] and kind != "text":
+        return Schema("image", IMAGE_COLUMN, LABEL_COLUMN)
+    profiles = [_profile(name, sample[name]) for name in sample.column_names]
+    label = wanted.label
+    wanted_input = wanted.image if kind == "image" else wanted.text
+    rest = [p for p in profiles if p.name != label]
+    chosen = wanted_input or _infer_input(rest, kind)
+    label = label or _infer_label([p for p in profiles if p.name != chosen])
+    is_image = next(p for p in profiles if p.name == chosen).images > 0.5
+    return Schema("image" if is_image and kind != "text" else "text", chosen, label)
 
 
-def _label_counts(source: Source, sample: pa.Table, column: str) -> dict[str, int]:
-    if source.is_image_folder and column == LABEL_COLUMN:
-        return dict(Counter(str(file.label) for file in source.files).most_common())
-    values = sample[column].drop_null().value_counts().to_pylist()
-    return dict(Counter({pair["values"]: pair["counts"] for pair in values}).most_common())
+def _check_is_there(name: str | None, columns: list[str]) -> None:
+    if name is None or name in columns:
+        return
+    near = difflib.get_close_matches(name, columns, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
+    raise DataError(f"there is no column {name!r}; the columns are {', '.join(columns)}", hint)
 
 
-def _count_rows(source: Source, sample: pa.Table) -> tuple[int, bool]:
-    if source.is_image_folder:
-        return len(source.files), True
-    if source.is_sampled_whole:
-        return sample.num_rows, True
-    characters = sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in sample.columns)
-    bytes_per_row = characters / sample.num_rows + sample.num_columns
-    return round(sum(file.size_bytes for file in source.files) / bytes_per_row), False
+def _infer_input(profiles: list[_Profile], kind: str | None) -> str:
+    images = [p for p in profiles if p.images > 0.5] if kind != "text" else []
+    texts = [p for p in profiles if p.words >= _MIN_WORDS and p.distinct > p.filled // 2] if kind != "image" else []
+    candidates = images or texts
+    word = "image" if kind == "image" else "text"
+    return _only(candidates, _TEXT_NAMES, profiles, f"data.columns.{word}", "free text" if word == "text" else "paths")
 
 
-def _warnings(
-    sample: pa.Table, input_column: str, label_column: str, labels: dict[str, int], rows: int
-) -> list[str]:
-    missing = {c: sample[c].null_count for c in (input_column, label_column) if sample[c].null_count}
-    found = [f"{count} of the first {sample.num_rows} rows have no {column}" for column, count in missing.items()]
-    if len(labels) > 1 and max(labels.values()) > _UNEVEN * min(labels.values()):
-        found.append("the classes are uneven; see training.class_weights and training.oversample")
-    rare = [label for label, count in labels.items() if count < _FEW_ROWS]
-    if rare and rows <= sample.num_rows:
-        found.append(f"{len(rare)} labels have fewer than {_FEW_ROWS} rows: {', '.join(rare[:5])}")
-    repeated = sample.num_rows - pc.count_distinct(sample[input_column]).as_py()
-    if repeated > missing.get(input_column, 0):
-        found.append(f"{repeated} of the first {sample.num_rows} inputs are repeated; prepare drops repetitions")
-    return found
+def _infer_label(profiles: list[_Profile]) -> str:
+    candidates = [
+        p for p in profiles
+        if 2 <= p.distinct <= min(_MAX_CLASSES, max(2, p.filled // 3)) and p.numeric < 0.5 and p.words < 6
+    ]  # fmt: skip
+    return _only(candidates, _LABEL_NAMES, profiles, "data.columns.label", "few distinct values")
+
+
+def _only(
+    candidates: list[_Profile], usual: tuple[str, ...], profiles: list[_Profile], field: str, looks_like: str
+) -> str:
+    """The only candidate, or the only one with a usual name."""
+    if len(candidates) == 1:
+        return candidates[0].name
+    named = [p.name for p in candidates if p.name.lower() in usual]
+    if len(named) == 1:
+        return named[0]
+    listed = ", ".join(f"{p.name} ({p.distinct} distinct values)" for p in candidates or profiles)
+    found = f"several columns hold {looks_like}: {listed}" if candidates else f"no column holds {looks_like}: {listed}"
+    raise DataError(found, f"name the right one under {field}")
+
+
+def _profile(name: str, column: pa.ChunkedArray) -> _Profile:
+    values = column.drop_null()
+    filled = len(values)
+    if not filled:
+        return _Profile(name, 0, 0, 0.0, 0.0, 0.0)
+    trimmed = pc.utf8_trim_whitespace(values)
+    words = pc.mean(pc.add(pc.count_substring_regex(trimmed, r"\s+"), 1)).as_py()
+    endings = pc.utf8_lower(pc.replace_substring_regex(values, r"^.*(\.[^.]*)$", r"\1"))
+    images = pc.mean(pc.is_in(endings, pa.array(sorted(IMAGE_SUFFIXES)))).as_py()
+    numeric = pc.mean(pc.match_substring_regex(trimmed, r"^[-+]?\d+\.\d+$")).as_py()
+    return _Profile(name, pc.count_distinct(values).as_py(), filled, words, images, numeric)
