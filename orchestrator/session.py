@@ -94,11 +94,10 @@ def connect(address: str | None = None, *, token_path: str | None = None) -> Ite
 
 @contextlib.contextmanager
 def _private(scratch: Path) -> Iterator[Session]:
-    os.environ["RAY_AUTH_MODE"] = "token"
     token_path = scratch / "token"
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_path)
     token_path.touch(mode=0o600)
     token_path.write_text(secrets.token_hex(32))
+    _use_token(token_path)
     import ray
 
     ray.init(
@@ -119,7 +118,7 @@ def _private(scratch: Path) -> Iterator[Session]:
 @contextlib.contextmanager
 def _joined(address: str, scratch: Path, token_path: str | None) -> Iterator[Session]:
     if token_path is not None:
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", token_path
+        _use_token(Path(token_path))
     import ray
 
     try:
@@ -135,6 +134,16 @@ def _joined(address: str, scratch: Path, token_path: str | None) -> Iterator[Ses
         yield Session(address, _resources(ray), scratch, is_private=False, token_path=token_path)
     finally:
         ray.shutdown()
+
+
+def _use_token(path: Path) -> None:
+    """Every process of this instance must show the token in this file (mode 0600, unlike Ray's own default file)."""
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", str(path)
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    # Ray read both when it was imported, which may have been before they were set.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def available_cpus() -> int:

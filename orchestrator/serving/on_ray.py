@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import socket
 import time
@@ -225,7 +226,9 @@ def deploy(served: Served, report: Report = ignore) -> str:
     before = _running(served.name)
     report(Event("serve", message=f"{served.name} version {served.version} starts"))
     try:
-        _run_model(served)
+        _submit(served.app, _model_app(served), None)
+        for app in (_GATEWAY, served.app):
+            _wait_running(app)
         _wait_until_known(url, served)
     except ServingFailed:
         _restore(served, before, report)
@@ -278,7 +281,8 @@ def check_port(host: str, port: int) -> None:
 
 
 def _start(settings: Serving, report: Report) -> str:
-    """Serve and the gateway, if they are not there yet; returns the URL at which the gateway answers."""
+    """Serve and the gateway, if they are not there yet; returns the URL at which the gateway is going to answer."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     address = _serve_address()
     if address is None:
         check_port(settings.host, settings.port)
@@ -296,7 +300,7 @@ def _start(settings: Serving, report: Report) -> str:
             Event("serve", message=f"Serve already listens on {address[0]} port {address[1]}; the model joins there")
         )
     if serve.status().applications.get(_GATEWAY) is None:
-        _run(_GATEWAY, _gateway_app(), "/")
+        _submit(_GATEWAY, _gateway_app(), "/")
     return _url(*address)
 
 
@@ -332,12 +336,12 @@ def _gateway_app() -> Any:
     ).bind()
 
 
-def _run_model(served: Served) -> None:
+def _model_app(served: Served) -> Any:
     gpus = ray.cluster_resources().get("GPU", 0.0)
     # Replicas share the GPUs there are, one share kept free for the next version.
     share = round(min(1.0, gpus / (served.settings.max_replicas + 1)) - 0.005, 2) if gpus else 0.0
     scale, cpus = served.scale, served.settings.cpus_per_replica
-    app = serve.deployment(
+    return serve.deployment(
         ModelReplica,
         name=_MODEL,
         ray_actor_options={"num_cpus": cpus, "num_gpus": share},
@@ -352,19 +356,22 @@ def _run_model(served: Served) -> None:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=served.settings.request_timeout_s + 5.0,
     ).bind(served, "cuda" if gpus else "cpu")
-    _run(served.app, app, None)
 
 
 def _has_room(cpus: float) -> bool:
     return bool(ray.available_resources().get("CPU", 0.0) >= cpus)
 
 
-def _run(app: str, target: Any, route_prefix: str | None) -> None:
-    """Deploy and wait until it runs. Raises ServingFailed with the replica's own reason."""
+def _submit(app: str, target: Any, route_prefix: str | None) -> None:
+    """Hand it to Serve. Raises ServingFailed if that refuses."""
     try:
         serve.run_many([serve.RunTarget(target, app, route_prefix)], wait_for_applications_running=False)
     except (RayServeException, RuntimeError, ValueError) as error:
         raise ServingFailed(f"Serve refused {app} ({error})", "see `ray status` and Serve's logs") from None
+
+
+def _wait_running(app: str) -> None:
+    """Until it runs. Raises ServingFailed with the replica's own reason."""
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline:
         status = serve.status().applications[app]
@@ -407,7 +414,8 @@ def _restore(served: Served, before: Served | None, report: Report) -> None:
         return
     report(Event("serve", message=f"{served.name} version {before.version} goes on answering"))
     with contextlib.suppress(ServingFailed):
-        _run_model(before)
+        _submit(before.app, _model_app(before), None)
+        _wait_running(before.app)
 
 
 def _wait_until_known(url: str, served: Served) -> None:
