@@ -328,9 +328,11 @@ class Pipeline:
     def serve_in_foreground(self, version: int | None) -> dict[str, Any]:
         """Serve from this process until it gets SIGTERM or SIGINT, then let requests finish and stop."""
         from orchestrator.serving.host import Host, announce, wait_for_signal, withdraw
-        from orchestrator.serving.on_ray import shutdown
+        from orchestrator.serving.on_ray import check_port, shutdown
 
-        session, port = self.session, self.recipe.serving.port
+        port = self.recipe.serving.port
+        check_port(self.recipe.serving.host, port)  # before Ray is started for nothing
+        session = self.session
         endpoint = self._deploy(self.version_to_serve(version), session, pid=os.getpid())
         announce(self.storage, port, Host(os.getpid(), session.address, session.token_path, endpoint.url))
         self.report(Event("serve", message=f"{endpoint.url} is up; Ctrl-C stops it"))
@@ -348,15 +350,17 @@ class Pipeline:
         if self.address or os.environ.get("RAY_ADDRESS"):
             from orchestrator.serving.on_ray import undeploy
 
-            return {"stage": "serve", "stopped": undeploy(self.session, self.recipe.name)}
+            return {"stage": "serve", "stopped": bool(self.session) and undeploy(self.recipe.name)}
         return {"stage": "serve", "stopped": stop_host(self.storage, self.recipe.serving.port)}
 
     def _deploy(self, version: VersionRecord, session: Session, pid: int | None) -> EndpointRecord:
-        from orchestrator.serving.on_ray import deploy
+        from orchestrator.serving.on_ray import Served, deploy
 
         started = time.monotonic()
         self.registry.open(version)  # refuses a version whose files were changed, before anything is touched
-        url = deploy(version, self.recipe, session, self.report)
+        location = f"{version.location}/{MODEL}"
+        served = Served(version.name, version.version, self.recipe.storage, location, self.recipe.serving)
+        url = deploy(served, self.report)
         return self._endpoint(version, url, session.address, pid, time.monotonic() - started)
 
     def _endpoint(self, version: VersionRecord, url: str, address: str, pid: int | None, seconds: float) -> EndpointRecord:
