@@ -156,7 +156,9 @@ class Pipeline:
         from orchestrator.training.on_ray import fit, place_workers
         from orchestrator.training.worker import TrainJob
 
-        self.task.network(self.recipe.model, dataset.labels)  # a backbone that is not there is said now, not by a worker
+        self.task.network(
+            self.recipe.model, dataset.labels
+        )  # a backbone that is not there is said now, not by a worker
         placement = place_workers(self.recipe.training, self.session.resources)
         run = stage_location("train", self.recipe.name, key)
         atomic_write(self.storage.path(run) / RECIPE, to_yaml(self.recipe).encode())
@@ -236,14 +238,21 @@ class Pipeline:
         return probabilities, cost
 
     def _write_report(
-        self, path: Path, record: EvaluationRecord, model: ModelRecord, dataset: DatasetRecord, probabilities: np.ndarray
+        self,
+        path: Path,
+        record: EvaluationRecord,
+        model: ModelRecord,
+        dataset: DatasetRecord,
+        probabilities: np.ndarray,
     ) -> None:
         from orchestrator.evaluation.report import TestRows, write_report
         from orchestrator.training.metrics_log import read_metrics
 
         table = open_split(self.storage.fetch(dataset.location, verify=False), "test")
         rows = TestRows(labels_of(table), probabilities, table["raw"].to_pylist(), pictures_of(table, dataset))
-        steps = [(m["step"], m["loss"]) for m in read_metrics(self.storage.path(model.location)) if m["kind"] == "train"]
+        steps = [
+            (m["step"], m["loss"]) for m in read_metrics(self.storage.path(model.location)) if m["kind"] == "train"
+        ]
         write_report(path, record, model, dataset, rows, steps, self.recipe.evaluation.mistakes)
 
     # ------------------------------------------------------------------------------------------------------- promote
@@ -363,7 +372,9 @@ class Pipeline:
         url = deploy(served, self.report)
         return self._endpoint(version, url, session.address, pid, time.monotonic() - started)
 
-    def _endpoint(self, version: VersionRecord, url: str, address: str, pid: int | None, seconds: float) -> EndpointRecord:
+    def _endpoint(
+        self, version: VersionRecord, url: str, address: str, pid: int | None, seconds: float
+    ) -> EndpointRecord:
         settings = self.recipe.serving
         return EndpointRecord(
             name=version.name, version=version.version, url=url, predict_url=f"{url}/v1/models/{version.name}:predict",

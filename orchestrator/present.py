@@ -63,8 +63,7 @@ def _promote(v: Values) -> list[tuple[str, str]]:
 def _serve(v: Values) -> list[tuple[str, str]]:
     if "stopped" in v:
         return [("serve", "the endpoint is down" if v["stopped"] else "there was no endpoint to stop")]
-    lines = [("serve", f"{v['name']} version {v['version']} answers at {v['url']}"), ("predict", v["predict_url"])]
-    return lines
+    return [("serve", f"{v['name']} version {v['version']} answers at {v['url']}"), ("predict", v["predict_url"])]
 
 
 def _check(v: Values) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from orchestrator.errors import RecipeError
+from orchestrator.marked_yaml import KeyPath, read_yaml
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$"
 """Names become folders and URL segments: lower case, digits, dot, dash and underscore inside, at most 64 characters."""
@@ -282,9 +283,7 @@ class Recipe(Section):
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
-Path_ = tuple[str | int, ...]
 _MAX_RECIPE_BYTES = 1_000_000
-_MAX_NODES = 50_000
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), storage: str | None = None) -> Recipe:
@@ -309,7 +308,7 @@ def parse_recipe(
     text: str, origin: str = "recipe", overrides: Sequence[str] = (), storage: str | None = None
 ) -> Recipe:
     """Turn YAML text into a ``Recipe``; ``origin`` names it in error messages."""
-    values, marks = _read_yaml(text, origin)
+    values, marks = read_yaml(text, origin)
     if not isinstance(values, dict):
         raise RecipeError(f"{origin} must be a mapping of keys", "start from: orchestrator init DATA")
     for override in overrides:
@@ -347,8 +346,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set needs PATH=VALUE, but got {override!r}", "for example --set training.epochs=1")
     keys = path.strip().split(".")
     if path.strip() not in set(known_paths()) and keys[:2] != ["training", "class_weights"]:
-        raise RecipeError(f"--set {path.strip()} is not a recipe field", _did_you_mean(path.strip(), list(known_paths())))
-    value, _ = _read_yaml(raw, f"--set {path}")
+        raise RecipeError(
+            f"--set {path.strip()} is not a recipe field", _did_you_mean(path.strip(), list(known_paths()))
+        )
+    value, _ = read_yaml(raw, f"--set {path}")
     target = values
     for key in keys[:-1]:
         if not isinstance(target.get(key), dict):
@@ -357,68 +358,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[keys[-1]] = value
 
 
-def _read_yaml(text: str, origin: str) -> tuple[Any, dict[Path_, yaml.Mark]]:
-    """Plain values and where each key stands. Safe: no tags that run code, no duplicate keys, no alias bombs."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
-        raise RecipeError(f"{where}: not valid YAML ({error.problem})", "check indentation, quotes and colons") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{origin}: not valid YAML ({error})") from None
-    marks: dict[Path_, yaml.Mark] = {}
-    return (None if node is None else _Construct(origin, marks).value(node, ())), marks
-
-
-class _Construct:
-    """Builds values from composed YAML nodes, so that each key's line is known and each node is counted."""
-
-    def __init__(self, origin: str, marks: dict[Path_, yaml.Mark]) -> None:
-        self.origin, self.marks, self.nodes = origin, marks, 0
-        self.scalars = yaml.SafeLoader("")
-
-    def value(self, node: yaml.Node, path: Path_) -> Any:
-        self.nodes += 1
-        if self.nodes > _MAX_NODES or len(path) > 32:
-            raise RecipeError(f"{self._at(node)}: the recipe expands to too many values", "remove anchors and aliases")
-        self.marks[path] = node.start_mark
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.value(item, (*path, i)) for i, item in enumerate(node.value)]
-        try:
-            return _exponent_float(self.scalars.construct_object(node))
-        except (yaml.YAMLError, ValueError) as error:
-            raise RecipeError(f"{self._at(node)}: cannot read this value ({error})", "use a plain value") from None
-
-    def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
-        seen: dict[str, yaml.Mark] = {}
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise RecipeError(
-                    f"{self._at(key_node)}: the key {key!r} is given twice, first on line {seen[key].line + 1}",
-                    "keep one of the two",
-                )
-            seen[key] = key_node.start_mark
-            result[key] = self.value(value_node, (*path, key))
-            self.marks[(*path, key)] = key_node.start_mark
-        return result
-
-    def _at(self, node: yaml.Node) -> str:
-        return f"{self.origin}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-
-
-def _exponent_float(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; everybody who writes it means the number."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
-
-
-def _explain(error: ValidationError, origin: str, marks: Mapping[Path_, yaml.Mark]) -> str:
+def _explain(error: ValidationError, origin: str, marks: Mapping[KeyPath, yaml.Mark]) -> str:
     lines: dict[str, None] = {}
     for item in error.errors():
         location = tuple(part for part in item["loc"] if not _is_union_tag(part))
@@ -432,7 +372,7 @@ def _is_union_tag(part: str | int) -> bool:
     return isinstance(part, str) and bool(re.search(r"[\[(]|^(int|float|str|constrained-)", part))
 
 
-def _where(origin: str, location: Path_, marks: Mapping[Path_, yaml.Mark]) -> str:
+def _where(origin: str, location: KeyPath, marks: Mapping[KeyPath, yaml.Mark]) -> str:
     for length in range(len(location), 0, -1):
         if mark := marks.get(location[:length]):
             return f"{origin}:{mark.line + 1}:{mark.column + 1}"

@@ -123,7 +123,7 @@ def _joined(address: str, scratch: Path, token_path: str | None) -> Iterator[Ses
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  Ray raises whatever went wrong underneath
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ResourceError(
             f"cannot join the Ray cluster at {address!r} ({reason})",
@@ -139,7 +139,7 @@ def _joined(address: str, scratch: Path, token_path: str | None) -> Iterator[Ses
 def _use_token(path: Path) -> None:
     """Every process of this instance must show the token in this file (mode 0600, unlike Ray's own default file)."""
     os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", str(path)
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # made by Cython
 
     # Ray read both when it was imported, which may have been before they were set.
     Config.initialize("")

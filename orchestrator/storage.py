@@ -78,7 +78,9 @@ class Storage:
         try:
             self.filesystem, self.base = fs.FileSystem.from_uri(self.url)
         except (ValueError, OSError) as error:
-            raise UserError(f"storage {root!r} cannot be opened ({error})", "give a folder, s3://... or gs://...") from None
+            raise UserError(
+                f"storage {root!r} cannot be opened ({error})", "give a folder, s3://... or gs://..."
+            ) from None
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
 
     def path(self, location: str) -> Path:

@@ -33,7 +33,9 @@ def submit_job(address: str, verb: str, arguments: list[str]) -> int:
             metadata={"submitted_by": "orchestrator", "verb": verb},
         )
     except Exception as error:  # noqa: BLE001  the client raises bare exceptions for every refusal
-        raise ResourceError(f"{address} refused the job ({_first_line(error)})", "check its token and its free disk") from None
+        raise ResourceError(
+            f"{address} refused the job ({_first_line(error)})", "check its token and its free disk"
+        ) from None
     print(f"[submit] job {job}: follow it with: ray job logs {job} --address {address}", file=sys.stderr)  # noqa: T201
     try:
         last_line = asyncio.run(_stream(client, job))

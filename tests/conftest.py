@@ -13,11 +13,12 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# fmt: off
 WORDS = {
-    "good": "great lovely rich smooth fresh tasty crisp perfect delicious happy".split(),
-    "bad": "stale bland broken awful sour burnt rotten dull terrible sad".split(),
+    "good": tuple("great lovely rich smooth fresh tasty crisp perfect delicious happy".split()),
+    "bad": tuple("stale bland broken awful sour burnt rotten dull terrible sad".split()),
 }
-FILLER = "the coffee tea box cup was is and it my dog we bought this very quite in a bag of".split()
+FILLER = tuple("the coffee tea box cup was is and it my dog we bought this very quite in a bag of".split())
 
 
 @pytest.fixture(scope="session")

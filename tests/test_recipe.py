@@ -17,7 +17,9 @@ def test_every_field_but_three_has_a_default() -> None:
 
 
 def test_the_resolved_recipe_reads_back_as_itself() -> None:
-    recipe = parse_recipe(GOOD, overrides=["training.class_weights={a: 2}", "training.early_stopping.patience_epochs=3"])
+    recipe = parse_recipe(
+        GOOD, overrides=["training.class_weights={a: 2}", "training.early_stopping.patience_epochs=3"]
+    )
     assert parse_recipe(to_yaml(recipe)) == recipe
 
 
@@ -98,5 +100,3 @@ def test_any_text_gives_a_recipe_or_a_recipe_error(text: str) -> None:
         assert isinstance(parse_recipe(text), Recipe)
     except RecipeError:
         pass
-
-

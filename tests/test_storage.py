@@ -144,7 +144,11 @@ def test_a_full_disk_is_said_in_one_line_and_what_was_there_is_intact(tmp_path: 
 
 
 def test_the_error_of_a_full_disk_names_the_free_space(tmp_path: Path) -> None:
-    with pytest.raises(DiskFull, match=r"MB free.*--storage"), disk_errors(tmp_path / "x"), Path("/dev/full").open("wb") as file:
+    with (
+        pytest.raises(DiskFull, match=r"MB free.*--storage"),
+        disk_errors(tmp_path / "x"),
+        Path("/dev/full").open("wb") as file,
+    ):
         file.write(b"x" * 100_000)
         file.flush()
 

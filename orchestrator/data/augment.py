@@ -36,7 +36,9 @@ def build_transform(settings: Augmentation, image_size: int) -> Any | None:
         steps.append(v2.RandomHorizontalFlip(settings.horizontal_flip))
     if settings.rotation_degrees or settings.zoom:
         scale = (1.0 - settings.zoom, 1.0 + settings.zoom) if settings.zoom else None
-        steps.append(v2.RandomAffine(settings.rotation_degrees, scale=scale, interpolation=v2.InterpolationMode.BILINEAR))
+        steps.append(
+            v2.RandomAffine(settings.rotation_degrees, scale=scale, interpolation=v2.InterpolationMode.BILINEAR)
+        )
     if settings.color:
         strength = settings.color
         steps.append(v2.ColorJitter(brightness=strength, contrast=strength, saturation=strength))

@@ -54,7 +54,9 @@ class FirstPass:
         columns = self.source.sample.column_names
         for name in (self.by_column, *self.recipe.evaluation.slices):
             if name is not None and name not in columns:
-                raise DataError(f"there is no column {name!r}; the columns are {', '.join(columns)}", "choose one of these")
+                raise DataError(
+                    f"there is no column {name!r}; the columns are {', '.join(columns)}", "choose one of these"
+                )
 
     def run(self) -> Iterator[int]:
         """Read everything once; yields the number of rows so far."""
@@ -186,4 +188,6 @@ def _times(column: pa.ChunkedArray, name: str) -> np.ndarray:
         except pa.ArrowInvalid:
             continue
         return values
-    raise DataError(f"the column {name!r} holds neither numbers nor ISO 8601 dates", "give another column to split.by.time")
+    raise DataError(
+        f"the column {name!r} holds neither numbers nor ISO 8601 dates", "give another column to split.by.time"
+    )

@@ -33,7 +33,9 @@ class Encoded:
 
 
 class Encoder(Protocol):
-    kind: Literal["text", "image"]
+    @property
+    def kind(self) -> Literal["text", "image"]:
+        """What the inputs are."""
 
     def columns(self) -> list[pa.Field]:
         """The Arrow columns that ``encode`` makes."""
@@ -56,4 +58,3 @@ class Encoder(Protocol):
 
 PREPROCESS = "preprocess.json"
 """``{"kind": "text", "max_tokens": 128, ...}`` or ``{"kind": "image", "image_size": 64, "mean": [...], "std": [...]}``."""
-

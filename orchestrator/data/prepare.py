@@ -220,4 +220,3 @@ def _record(
         mean_tokens=second.tokens / counts.kept if is_text else None,
         truncated_fraction=second.truncated / counts.kept if is_text else None,
     )  # fmt: skip
-

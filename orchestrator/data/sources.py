@@ -186,7 +186,9 @@ def _find(source: str, split: str | None) -> list[SourceFile]:
     files = [_in_folder(i, path.rstrip("/"), split, filesystem) for i in sorted(found, key=lambda i: i.path)]
     usable = [file for file in files if file is not None]
     if not usable:
-        raise DataError(f"the folder {source} holds no table and no image", f"known are {', '.join(READERS)} and images")
+        raise DataError(
+            f"the folder {source} holds no table and no image", f"known are {', '.join(READERS)} and images"
+        )
     return usable
 
 
@@ -220,7 +222,9 @@ def _filesystem(source: str) -> tuple[fs.FileSystem, str]:
             return found
         return fs.LocalFileSystem(), str(Path(source).expanduser().resolve())
     except (ValueError, OSError) as error:
-        raise DataError(f"data.source {source!r} cannot be opened ({error})", "give a path, s3://... or gs://...") from None
+        raise DataError(
+            f"data.source {source!r} cannot be opened ({error})", "give a path, s3://... or gs://..."
+        ) from None
 
 
 def _suffix(name: str) -> str:

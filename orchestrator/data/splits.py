@@ -25,7 +25,9 @@ def at_random(labels: np.ndarray, groups: np.ndarray, settings: Split, seed: int
     return _stratified(labels[first], shares, seed, names)[inverse]
 
 
-def validation_of(labels: np.ndarray, groups: np.ndarray, settings: Split, seed: int, names: Sequence[str]) -> np.ndarray:
+def validation_of(
+    labels: np.ndarray, groups: np.ndarray, settings: Split, seed: int, names: Sequence[str]
+) -> np.ndarray:
     """Train and validation out of given training rows, in the proportion of their shares."""
     return _part_of(labels, groups, settings, seed, names, settings.validation, VALIDATION)
 
@@ -82,7 +84,9 @@ def check_labels(labels: np.ndarray, splits: np.ndarray, names: Sequence[str]) -
             raise DataError(f"no rows are left for {split} after cleaning", "add rows, or change data.split")
     present = np.flatnonzero(counts.sum(axis=0))
     if len(present) < 2:
-        raise DataError(f"there is only one class: {names[int(present[0])]!r}", "a classifier needs at least two labels")
+        raise DataError(
+            f"there is only one class: {names[int(present[0])]!r}", "a classifier needs at least two labels"
+        )
     for code in (VALIDATION, TEST):
         unseen = np.flatnonzero((counts[code] > 0) & (counts[TRAIN] == 0))
         if len(unseen):

@@ -77,7 +77,9 @@ def _header(reader: Any, name: str) -> list[str]:
     try:
         header = [column.strip() for column in next(reader, [])]
     except (csv.Error, UnicodeError) as error:
-        raise DataError(f"{name}: the first line cannot be read ({error})", "check data.encoding and the quotes") from None
+        raise DataError(
+            f"{name}: the first line cannot be read ({error})", "check data.encoding and the quotes"
+        ) from None
     if not any(header):
         raise DataError(f"{name} is empty", "it needs a first line with the column names, and rows below it")
     repeated = next((column for column in header if header.count(column) > 1), None)
@@ -95,11 +97,15 @@ def _parsed(reader: Any, width: int, name: str) -> Iterator[list[str] | BadRow]:
             row = next(reader, None)
         except csv.Error as error:
             if "unexpected end" in str(error):
-                raise DataError(f"{name}: a quote opened on line {line} is never closed", "close or double it") from None
+                raise DataError(
+                    f"{name}: a quote opened on line {line} is never closed", "close or double it"
+                ) from None
             yield BadRow(line, f"not valid CSV ({error})")
             continue
         except UnicodeError as error:
-            raise DataError(f"{name}: line {line} is not in the expected encoding ({error})", "set data.encoding") from None
+            raise DataError(
+                f"{name}: line {line} is not in the expected encoding ({error})", "set data.encoding"
+            ) from None
         if row is None:
             return
         if not row:

@@ -86,7 +86,9 @@ class TextEncoder:
 
     def describe(self) -> dict[str, Any]:
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        rules = {name: backend[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")}
+        rules = {
+            name: backend[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
+        }
         return {"kind": self.kind, "max_tokens": self.max_tokens, "tokenizer_sha256": sha256_json(rules)}
 
     def save(self, folder: Path) -> None:

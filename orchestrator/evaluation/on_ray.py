@@ -41,9 +41,7 @@ class PredictJob:
     device: str
 
 
-def predict_split(
-    job: PredictJob, rows: int, workers: int, cpus_per_worker: float, report: Report
-) -> np.ndarray:
+def predict_split(job: PredictJob, rows: int, workers: int, cpus_per_worker: float, report: Report) -> np.ndarray:
     """Probabilities [rows, classes] of a split, in the order of its rows."""
     options = {"num_cpus": cpus_per_worker, "num_gpus": 1 if job.device == "cuda" else 0, "max_retries": 2}
     task = ray.remote(**options)(_predict_share)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
 from orchestrator.evaluation.metrics import CALIBRATION_BINS, roc_curve
 
@@ -101,29 +105,16 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return smoothed
 
 
-def _square(x: int, y: int, color: str, share: float) -> object:
-    from matplotlib.patches import Rectangle
-
+def _square(x: int, y: int, color: str, share: float) -> Patch:
     return Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=color, alpha=0.08 + 0.72 * share, linewidth=0)
 
 
-class _figure:
+@contextlib.contextmanager
+def _figure(width: float = 3.6, height: float = 3.0) -> Iterator[tuple[Figure, Axes]]:
     """A figure in the report's style; never through pyplot, which keeps global state."""
-
-    def __init__(self, width: float = 3.6, height: float = 3.0) -> None:
-        import matplotlib as mpl
-        from cycler import cycler
-
-        self.style = mpl.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_COLORS)})
-        self.size = (width, height)
-
-    def __enter__(self) -> tuple[Figure, Axes]:
-        self.style.__enter__()
-        figure = Figure(self.size, layout="constrained")
-        return figure, figure.add_subplot()
-
-    def __exit__(self, *exception: object) -> None:
-        self.style.__exit__(*exception)
+    with mpl.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_COLORS)}):
+        figure = Figure((width, height), layout="constrained")
+        yield figure, figure.add_subplot()
 
 
 def _svg(figure: Figure) -> str:

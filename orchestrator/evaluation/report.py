@@ -72,7 +72,7 @@ def _plots(
         "training": plots.training_curves([s for s, _ in step_losses], [v for _, v in step_losses], epochs),
     }
     # Drawn by us from numbers; labels inside were escaped by matplotlib's own XML writer.
-    return {name: Markup(svg) for name, svg in drawn.items()}  # noqa: S704
+    return {name: Markup(svg) for name, svg in drawn.items()}
 
 
 def _mistakes(dataset: DatasetRecord, rows: TestRows, limit: int) -> list[dict[str, Any]]:

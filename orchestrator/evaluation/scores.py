@@ -52,7 +52,9 @@ def resample(generator: np.random.Generator, rows: int) -> np.ndarray:
     return np.bincount(generator.integers(0, rows, rows), minlength=rows).astype(np.float64)
 
 
-def slice_scores(labels: np.ndarray, probabilities: np.ndarray, values: Sequence[str | None]) -> dict[str, dict[str, float]]:
+def slice_scores(
+    labels: np.ndarray, probabilities: np.ndarray, values: Sequence[str | None]
+) -> dict[str, dict[str, float]]:
     """Rows, accuracy and macro_f1 for each value of a column, the most frequent ones; the rest under ``(other)``."""
     names, codes = np.unique(np.array([v or "(none)" for v in values]), return_inverse=True)
     by_size = np.argsort(-np.bincount(codes), kind="stable")

@@ -239,7 +239,7 @@ def _load_state(model: nn.Module, path: Path) -> None:
         head = _last_linear(model)[0]
         body = {name: tensor for name, tensor in state.items() if not name.startswith(head + ".")}
         missing = [name for name in model.load_state_dict(body, strict=False).missing_keys if not name.startswith(head)]
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a file that is not a state dict fails in many ways
         raise BackboneError(
             f"model.weights {str(path)!r} is not a state dict for this backbone ({str(error).splitlines()[0]})",
             "give a .safetensors or .pth file of the same architecture",

@@ -56,7 +56,10 @@ def _verify(registry: Registry, name: str) -> tuple[Any, str]:
     records = registry.versions(name)
     for record in records:
         registry.open(record)
-    return {"name": name, "verified": len(records)}, f"{len(records)} versions of {name} and the audit log are as written"
+    return {
+        "name": name,
+        "verified": len(records),
+    }, f"{len(records)} versions of {name} and the audit log are as written"
 
 
 def _one(record: VersionRecord, text: str) -> tuple[Any, str]:

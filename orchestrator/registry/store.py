@@ -141,7 +141,7 @@ class Registry:
         return folder
 
     def set_alias(
-        self, name: str, alias: str, version: int, reason: str, *, expected: int | None | str = "any",
+        self, name: str, alias: str, version: int, reason: str, *, expected: int | str | None = "any",
         action: str = "alias",
     ) -> int | None:  # fmt: skip
         """Point an alias at a version; returns where it pointed before.
@@ -155,7 +155,9 @@ class Registry:
             key = sa.and_(table.c.name == name, table.c.alias == alias)
             previous = connection.execute(sa.select(table.c.version).where(key).with_for_update()).scalar()
             if expected != "any" and previous != expected:
-                raise ConflictError(f"{alias} of {name} points at {previous}, not at {expected}", "look again, then decide")
+                raise ConflictError(
+                    f"{alias} of {name} points at {previous}, not at {expected}", "look again, then decide"
+                )
             connection.execute(table.delete().where(key))
             connection.execute(table.insert().values(name=name, alias=alias, version=version))
             self._log(connection, action, name, alias, version, previous, reason)

@@ -153,6 +153,8 @@ class Routes:
         return _json({"models": [model.model_dump() for model in described if model is not None]})
 
     async def describe(self, name: str, request: Request) -> Response:
+        if name.endswith((":predict", ":feedback")):
+            raise ApiError(405, "method_not_allowed", "GET is not possible here", "use POST")
         return _json((await self._model(name, request, "describe")).model_dump())
 
     async def server(self) -> Response:

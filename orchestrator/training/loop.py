@@ -6,7 +6,9 @@ torch.distributed only if a process group is there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +63,7 @@ def train_step(
         with _synchronise(network, last=index == len(micro_batches) - 1), autocast(compute.precision, compute.device):
             losses = row_losses(network(**batch.inputs).float(), batch.labels)
             loss = (losses * batch.weights).sum() * (compute.world / total_weight)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         loss_sum += loss.item() / compute.world
     if max_grad_norm is not None:
         nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
@@ -69,20 +71,12 @@ def train_step(
     return loss_sum
 
 
-class _synchronise:
+def _synchronise(network: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     """Gradients cross the network once per step: with the last micro-batch."""
-
-    def __init__(self, network: nn.Module, *, last: bool) -> None:
-        wait = isinstance(network, nn.parallel.DistributedDataParallel) and not last
-        self.context = network.no_sync() if wait else None  # type: ignore[operator]
-
-    def __enter__(self) -> None:
-        if self.context:
-            self.context.__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        if self.context:
-            self.context.__exit__(*exception)
+    if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
+        waiting: AbstractContextManager[None] = network.no_sync()
+        return waiting
+    return contextlib.nullcontext()
 
 
 def predict(

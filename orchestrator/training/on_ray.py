@@ -108,7 +108,9 @@ def _attempt(job: TrainJob, placement: Placement, session: Session, mailbox: Any
     except WorkerGroupError as error:
         return [_classify(rank, failure) for rank, failure in sorted(error.worker_failures.items())]
     except TrainingFailedError as error:
-        raise TrainingFailed(f"Ray could not run the workers ({_first_line(error)})", "run: orchestrator doctor") from error
+        raise TrainingFailed(
+            f"Ray could not run the workers ({_first_line(error)})", "run: orchestrator doctor"
+        ) from error
     return []
 
 

@@ -70,6 +70,7 @@ class _Worker:
         precision = resolve_precision(self.settings.precision, place.device)
         self.compute = Compute(place.device, precision, place.rank, place.world)
         self.leads = place.rank == 0
+        self.reported_at = 0.0
         self._load_data()
         self._build(recipe)
         self._resume()
@@ -186,9 +187,9 @@ class _Worker:
         self.log.write("train", position.step, {"epoch": position.epoch, "loss": loss, "learning_rate": rate,
                                                 "samples_per_s": samples_per_s})  # fmt: skip
         now = time.monotonic()
-        if now - getattr(self, "reported", 0.0) >= _REPORT_EVERY_S:
-            self.reported = now
-            figures = {"epoch": f"{position.epoch + 1}/{self.settings.epochs}", "loss": loss,
+        if now - self.reported_at >= _REPORT_EVERY_S:
+            self.reported_at = now
+            figures: dict[str, float | str] = {"epoch": f"{position.epoch + 1}/{self.settings.epochs}", "loss": loss,
                        "samples/s": samples_per_s}  # fmt: skip
             self.emit(Event("train", done=position.step, total=self.total_steps, figures=figures))
 
@@ -241,7 +242,9 @@ class _Worker:
 
     def _checkpoint(self) -> None:
         if self.leads:
-            save_state(self.storage, self.job.run, self.position, self.network.state_dict(), self.optimizer.state_dict())
+            save_state(
+                self.storage, self.job.run, self.position, self.network.state_dict(), self.optimizer.state_dict()
+            )
         if self.compute.world > 1:
             distributed.barrier()
 

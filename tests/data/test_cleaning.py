@@ -20,7 +20,9 @@ from orchestrator.recipe import Cleaning
 DROP, KEEP = Cleaning(), Cleaning(duplicates="keep", conflicts="keep", leaks="keep")
 
 
-def repeats(inputs: list[str], labels: list[int], scope: list[int] | None = None, settings: Cleaning = DROP) -> list[int]:
+def repeats(
+    inputs: list[str], labels: list[int], scope: list[int] | None = None, settings: Cleaning = DROP
+) -> list[int]:
     groups = group_by_hash(hash_inputs(inputs))
     scopes = np.array(scope if scope is not None else [-1] * len(inputs), np.int8)
     return find_repeats(groups, np.array(labels, np.int32), scopes, settings).tolist()

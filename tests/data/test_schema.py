@@ -24,7 +24,9 @@ def test_free_text_and_few_values_are_told_apart() -> None:
 
 def test_measurements_and_numbers_of_rows_are_no_labels() -> None:
     prices = [f"{i % 7}.5" for i in range(60)]
-    assert infer_schema(table(id=IDS, price=prices, words=REVIEWS, mark=SCORES), Columns(), "text").label_column == "mark"
+    assert (
+        infer_schema(table(id=IDS, price=prices, words=REVIEWS, mark=SCORES), Columns(), "text").label_column == "mark"
+    )
 
 
 def test_paths_of_images_are_an_image_column() -> None:
@@ -35,7 +37,9 @@ def test_paths_of_images_are_an_image_column() -> None:
 def test_two_candidates_are_an_error_that_lists_them() -> None:
     with pytest.raises(DataError, match=r"several columns hold free text: first .*second .*data\.columns\.text"):
         infer_schema(table(first=REVIEWS, second=[r + " too" for r in REVIEWS], mark=SCORES), Columns(), "text")
-    with pytest.raises(DataError, match=r"several columns hold few distinct values: shop .*mark .*data\.columns\.label"):
+    with pytest.raises(
+        DataError, match=r"several columns hold few distinct values: shop .*mark .*data\.columns\.label"
+    ):
         infer_schema(table(words=REVIEWS, shop=["a", "b"] * 30, mark=SCORES), Columns(), "text")
 
 

@@ -59,7 +59,7 @@ def test_the_page_stands_alone_and_stays_small(tmp_path: Path, classes: int) -> 
 
 def test_what_the_data_says_is_shown_and_not_run(tmp_path: Path) -> None:
     page = render(tmp_path / "report.html", 3, (ATTACK, "b", "c"))
-    assert "onerror=\"" not in page
+    assert 'onerror="' not in page
     assert "&lt;script&gt;" in page
 
 

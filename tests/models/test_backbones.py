@@ -11,7 +11,10 @@ from orchestrator.models.backbones import TorchvisionNetwork, TransformersNetwor
 from orchestrator.recipe import Model
 
 LABELS = ("bad", "good", "so so")
-TOKENS = {"input_ids": torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+TOKENS = {
+    "input_ids": torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+}
 
 
 def test_a_text_network_survives_saving(tiny_backbone: Path, tmp_path: Path) -> None:

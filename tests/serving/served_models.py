@@ -24,7 +24,9 @@ def publish_text_model(storage: Storage, name: str, version: int, backbone: Path
     """Returns the location."""
     torch.manual_seed(version)
     network = TransformersNetwork.create(Model(weights="none"), str(backbone), LABELS)
-    return _publish(storage, name, version, network, TextEncoder.from_backbone(str(backbone), 32), "text_classification")
+    return _publish(
+        storage, name, version, network, TextEncoder.from_backbone(str(backbone), 32), "text_classification"
+    )
 
 
 def publish_image_model(storage: Storage, name: str, version: int) -> str:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import socket
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from served_models import publish_image_model, publish_text_model
+from served_models import png, publish_image_model, publish_text_model
 
-from orchestrator.errors import PortInUse, ServingFailed
 from orchestrator.recipe import Serving
-from orchestrator.serving.predictor import Predictor
-from orchestrator.storage import Storage
+from orchestrator.storage import Storage, version_location
 
 pytestmark = pytest.mark.ray
 Answer = tuple[int, dict[str, Any], dict[str, str]]
@@ -41,39 +37,200 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+TEXTS = [f"the coffee was {word} and we bought this" for word in ("great", "stale", "awful", "rich", "dull")] * 6
+
+
+def served(storage: Storage, settings: Serving, name: str, version: int) -> Any:
+    from orchestrator.serving.on_ray import Served
+
+    return Served(name, version, storage.url, version_location(name, version), settings)
+
+
+def offline(storage: Storage, name: str, version: int, inputs: list[Any]) -> list[list[float]]:
+    predictions = Predictor.from_folder(storage.path(version_location(name, version))).predict(inputs)
+    return [prediction.probabilities or [] for prediction in predictions]
+
+
+def scores(answer: Answer) -> list[list[float]]:
+    assert answer[0] == 200, answer
+    return [list(prediction["scores"].values()) for prediction in answer[1]["predictions"]]
+
+
+class Load:
+    """Two clients that ask without a pause until the block ends."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.answers, self.stopped = url, list[Answer](), threading.Event()
+        self.threads = [threading.Thread(target=self._ask) for _ in range(2)]
+
+    def _ask(self) -> None:
+        while not self.stopped.is_set():
+            self.answers.append(ask(self.url, {"instances": TEXTS[:2]}))
+
+    def __enter__(self) -> Load:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join()
+
+    def failed(self) -> list[Answer]:
+        return [answer for answer in self.answers if answer[0] != 200]
+
+
 @pytest.fixture(scope="module")
 def settings() -> Serving:
-    return Serving(port=free_port(), max_replicas=1, max_body_bytes=50_000, max_instances=64, request_timeout_s=10)
+    # Half a CPU each: room for two models and a new version of one of them beside it.
+    return Serving(port=free_port(), max_replicas=1, cpus_per_replica=0.5, max_body_bytes=50_000, max_instances=64)
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    return Storage(str(tmp_path_factory.mktemp("served")))
+def storage(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Storage:
+    storage = Storage(str(tmp_path_factory.mktemp("served")))
+    publish_image_model(storage, "shapes", 1)
+    for version in (1, 2, 3):
+        publish_text_model(storage, "reviews", version, tiny_backbone)
+    return storage
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_session: object, settings: Serving, storage: Storage, tiny_backbone: Path) -> Iterator[str]:
-    from orchestrator.serving.on_ray import Served, deploy, shutdown
+def endpoint(ray_session: object, settings: Serving, storage: Storage) -> Iterator[str]:
+    from orchestrator.serving.on_ray import deploy, shutdown
 
-    times = [time.monotonic()]
-    for name, location in (("reviews", publish_text_model(storage, "reviews", 1, tiny_backbone)), ("shapes", publish_image_model(storage, "shapes", 1))):
-        url = deploy(Served(name, 1, storage.url, location, settings))
-        times.append(time.monotonic())
-    print("deploy seconds", [b - a for a, b in zip(times, times[1:], strict=False)])
+    if True:
+        started = time.monotonic()
+        url = deploy(served(storage, settings, "reviews", 1))
+        print("first deploy", time.monotonic() - started)
+        started = time.monotonic()
+        deploy(served(storage, settings, "shapes", 1))
+        print("second deploy", time.monotonic() - started)
     yield url
-    started = time.monotonic()
     shutdown()
-    print("shutdown seconds", time.monotonic() - started)
 
 
-def test_x(endpoint):
-    print(endpoint)
-    t=time.monotonic()
-    for i in range(5):
-        print(ask(f"{endpoint}/v1/models/reviews:predict", {"instances":["the coffee is great"]}, {"x-request-id":"abc"}), time.monotonic()-t); t=time.monotonic()
-    print(ask(f"{endpoint}/v1/models/reviews:predict", {"instances":["the coffee is great"]}, {"x-request-timeout-seconds":"\xff"}))
-    print(ask(f"{endpoint}/v1/models/reviews:predict", {"instances":["the coffee is great"]}, {"x-request-id":"\xff"}))
-    print(ask(f"{endpoint}/v1/models"))
-    print(urllib.request.urlopen(f"{endpoint}/metrics").read().decode()[:1500])
-    from orchestrator.serving.on_ray import serving_status
-    print(serving_status())
+def test_answers_are_the_offline_predictors(endpoint: str, storage: Storage) -> None:
+    url = f"{endpoint}/v1/models/reviews:predict"
+    expected = offline(storage, "reviews", 1, TEXTS)
+    with concurrent_futures.ThreadPoolExecutor(8) as clients:
+        single = list(clients.map(lambda text: scores(ask(url, {"instances": [text]}))[0], TEXTS))
+    for got in (scores(ask(url, {"instances": TEXTS})), single):
+        assert got == [pytest.approx(row, abs=1e-6) for row in expected]
+
+
+def test_two_kinds_of_models_share_the_gateway(endpoint: str, storage: Storage) -> None:
+    images = [png(seed) for seed in range(3)]
+    instances = [{"b64": base64.b64encode(image).decode()} for image in images]
+    got = scores(ask(f"{endpoint}/v1/models/shapes:predict", {"instances": instances}))
+    assert got == [pytest.approx(row, abs=1e-6) for row in offline(storage, "shapes", 1, list(images))]
+    status, answer, _ = ask(f"{endpoint}/v1/models/shapes:predict", {"instances": [*instances, {"b64": "AAAA"}]})
+    assert (status, answer["error"]["code"]) == (422, "unreadable_input")
+    assert [model["model_name"] for model in ask(f"{endpoint}/v1/models")[1]["models"]] == ["reviews", "shapes"]
+
+
+def test_the_open_inference_protocol_on_the_wire(endpoint: str, storage: Storage) -> None:
+    body = {"inputs": [{"name": "text", "shape": [2], "datatype": "BYTES", "data": TEXTS[:2]}]}
+    for path in ("reviews", "reviews/versions/1"):
+        status, answer, _ = ask(f"{endpoint}/v2/models/{path}/infer", body)
+        expected = [value for row in offline(storage, "reviews", 1, TEXTS[:2]) for value in row]
+        assert (status, answer["outputs"][1]["data"]) == (200, pytest.approx(expected, abs=1e-6))
+    assert ask(f"{endpoint}/v2/models/reviews/versions/9/infer", body)[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/models/none:predict", {"instances": ["a"]}, 404),
+        ("/nothing", None, 404),
+        ("/v1/models/reviews:predict", b"{", 400),
+        ("/v1/models/reviews:predict", {"instances": [1]}, 422),
+        ("/v1/models/reviews:predict", {"instances": ["x" * 60_000]}, 413),
+        ("/v1/models/reviews:predict", b"[" * 40_000, 400),
+    ],
+)
+def test_errors_cross_the_proxy_as_json(endpoint: str, path: str, body: Any, status: int) -> None:
+    got, answer, headers = ask(endpoint + path, body)
+    assert (got, set(answer["error"])) == (status, {"code", "message", "next_step"})
+    assert headers["x-request-id"]
+
+
+@pytest.mark.parametrize("name", ["x-request-timeout-seconds", "x-request-id", "x-request-disconnect-disabled",
+                                  "serve_multiplexed_model_id", "x-session-id"])  # fmt: skip
+@pytest.mark.parametrize("value", ["0", "0.000001", "\xff", "x" * 300])
+def test_no_header_of_a_client_disturbs_the_proxy(endpoint: str, name: str, value: str) -> None:
+    status, answer, headers = ask(f"{endpoint}/v1/models/reviews:predict", {"instances": ["a"]}, {name: value})
+    assert status == 200
+    assert headers["x-request-id"] == answer["request_id"], "one id, the same in the head and in the body"
+
+
+def test_a_new_version_takes_over_without_a_failed_request(endpoint: str, storage: Storage, settings: Serving) -> None:
+    from orchestrator.serving.on_ray import deploy, serving_status
+
+    with Load(f"{endpoint}/v1/models/reviews:predict") as load:
+        deploy(served(storage, settings, "reviews", 2))
+        time.sleep(0.5)
+    assert load.failed() == []
+    versions = [answer[1]["model_version"] for answer in load.answers]
+    assert versions[0] == "1" and versions[-1] == "2"
+    by_version = {v: offline(storage, "reviews", int(v), TEXTS[:2]) for v in ("1", "2")}
+    for answer in load.answers[:: len(load.answers) // 10]:
+        assert scores(answer) == [pytest.approx(row, abs=1e-6) for row in by_version[answer[1]["model_version"]]]
+    status = serving_status()["reviews"]
+    assert (status["version"], status["status"], status["replicas"]) == (2, "RUNNING", 1)
+
+
+def test_a_version_with_a_flipped_bit_never_answers(endpoint: str, storage: Storage, settings: Serving) -> None:
+    from orchestrator.serving.on_ray import deploy, serving_status
+
+    weights = storage.path(version_location("reviews", 3)) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with Load(f"{endpoint}/v1/models/reviews:predict") as load:
+        with pytest.raises(ServingFailed, match=r"IntegrityError: .*model\.safetensors is not the file"):
+            deploy(served(storage, settings, "reviews", 3))
+        time.sleep(0.5)
+    assert load.failed() == []
+    assert {answer[1]["model_version"] for answer in load.answers} == {"2"}
+    assert (serving_status()["reviews"]["version"], serving_status()["reviews"]["status"]) == (2, "RUNNING")
+
+
+def test_a_killed_replica_costs_no_request(endpoint: str) -> None:
+    import ray
+
+    with Load(f"{endpoint}/v1/models/reviews:predict") as load:
+        time.sleep(0.5)
+        names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
+        (victim,) = [name for name in names if name.startswith("SERVE_REPLICA::model-reviews#")]
+        ray.kill(ray.get_actor(victim, "serve"))
+        before = len(load.answers)
+        while len(load.answers) < before + 20:
+            time.sleep(0.1)
+    assert load.failed() == []
+
+
+def test_a_model_leaves_and_comes_back(endpoint: str, storage: Storage, settings: Serving) -> None:
+    from orchestrator.serving.on_ray import deploy, undeploy
+
+    assert undeploy("reviews") and not undeploy("reviews")
+    deadline = time.monotonic() + 3.0
+    while (status := ask(f"{endpoint}/v1/models/reviews")[0]) != 404 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert status == 404
+    assert ask(f"{endpoint}/v2/health/ready")[0] == 200, "the other model still answers"
+    deploy(served(storage, settings, "reviews", 1))
+    assert len(scores(ask(f"{endpoint}/v1/models/reviews:predict", {"instances": TEXTS}))) == len(TEXTS)
+
+
+def test_a_port_in_use_is_said_before_anything_starts() -> None:
+    from orchestrator.serving.on_ray import check_port
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortInUse, match=f"cannot listen on 127.0.0.1 port {port}"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)

@@ -61,7 +61,9 @@ def test_the_loss_is_the_weighted_mean_over_the_rows() -> None:
     network = Tiny()
     rows = batch(9)
     weights = torch.tensor([1.0, 2.0, 3.0] * 3)
-    expected = functional.cross_entropy(network(**rows.inputs), rows.labels, weight=torch.tensor([1.0, 2.0, 3.0])).item()
+    expected = functional.cross_entropy(
+        network(**rows.inputs), rows.labels, weight=torch.tensor([1.0, 2.0, 3.0])
+    ).item()
     assert step(network, [MicroBatch(rows.inputs, rows.labels, weights)]) == pytest.approx(expected, rel=1e-6)
 
 

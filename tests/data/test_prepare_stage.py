@@ -1,0 +1,310 @@
+"""From a source to a published dataset: what is kept, what is set aside and why, and that it is the same every time."""
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from orchestrator.data.dataset import labels_of, open_split
+from orchestrator.data.encoder import Encoder
+from orchestrator.data.encoders import load_encoder
+from orchestrator.data.images import ImageEncoder
+from orchestrator.data.prepare import content_key, prepare
+from orchestrator.data.sources import open_source
+from orchestrator.data.text import TextEncoder
+from orchestrator.errors import DataError, IntegrityError
+from orchestrator.progress import Event
+from orchestrator.recipe import Recipe
+from orchestrator.records import DatasetRecord
+from orchestrator.storage import RECIPE, RECORD, Storage, verify_manifest
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture
+def encoder(tiny_backbone: Path) -> TextEncoder:
+    return TextEncoder.from_backbone(str(tiny_backbone), 16)
+
+
+class Prepared:
+    """A prepared dataset and what lies in its folder."""
+
+    def __init__(self, root: Path, encoder: Encoder, data: dict[str, Any], task: str, **more: Any) -> None:
+        self.recipe = Recipe.model_validate({"name": "set", "task": task, "data": data, **more})
+        self.storage = Storage(str(root))
+        source = open_source(self.recipe.data)
+        self.key = content_key(self.recipe, encoder, source.fingerprint(self.storage))
+        self.events: list[Event] = []
+        self.record: DatasetRecord = prepare(self.recipe, encoder, source, self.storage, self.key, self.events.append)
+        self.folder = self.storage.path(self.record.location)
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        return open_split(self.folder, split).to_pylist()
+
+    def raw(self, split: str) -> set[str]:
+        return {row["raw"] for row in self.rows(split)}
+
+    @property
+    def quarantine(self) -> list[dict[str, Any]]:
+        assert self.record.quarantine is not None
+        lines = self.storage.path(self.record.quarantine).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def prepare_text(root: Path, encoder: Encoder, data: dict[str, Any], **more: Any) -> Prepared:
+    return Prepared(root, encoder, data, "text_classification", **more)
+
+
+def write_csv(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("text", "label")) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def plain_rows(count: int, start: int = 0) -> list[tuple[str, ...]]:
+    return [(f"the tea number {i} was {'great' if i % 2 else 'bad'}", "good" if i % 2 else "bad")
+            for i in range(start, start + count)]  # fmt: skip
+
+
+PLANTED: list[tuple[str, ...]] = [
+    ("the same tea twice", "good"), ("the same tea twice", "good"), ("the same tea twice ", "good"),
+    ("who can tell", "good"), ("who can tell", "bad"),
+    ("", "good"), ("   ", "bad"), ("no label here", ""),
+]  # fmt: skip
+
+
+def test_every_planted_fault_is_counted_and_quarantined(tmp_path: Path, encoder: TextEncoder) -> None:
+    path = write_csv(tmp_path / "a.csv", plain_rows(40) + PLANTED)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("ragged\n")
+    done = prepare_text(tmp_path / "runs", encoder, {"source": str(path)})
+    counts = done.record.cleaning
+    assert (counts.rows_read, counts.kept, counts.duplicates, counts.conflicts) == (49, 41, 2, 2)
+    assert (counts.leaks, counts.missing, counts.unreadable) == (0, 3, 1)
+    reasons = [(entry["verdict"], entry.get("row"), entry.get("line")) for entry in done.quarantine]
+    assert sorted(reasons, key=str) == sorted(
+        [("duplicate", 41, None), ("duplicate", 42, None), ("conflict", 43, None), ("conflict", 44, None),
+         ("missing", 45, None), ("missing", 46, None), ("missing", 47, None), ("unreadable", None, 50)], key=str,
+    )  # fmt: skip
+    assert all(entry["reason"] and entry["file"] == "a.csv" for entry in done.quarantine)
+    assert {entry["excerpt"] for entry in done.quarantine if entry["verdict"] == "conflict"} == {"who can tell"}
+
+
+def test_long_inputs_are_excerpted(tmp_path: Path, encoder: TextEncoder) -> None:
+    path = write_csv(tmp_path / "a.csv", [*plain_rows(40), ("tea " * 500, "good"), ("tea " * 500, "good")])
+    entry = prepare_text(tmp_path / "runs", encoder, {"source": str(path)}).quarantine[0]
+    assert len(entry["excerpt"]) == 200
+
+
+def test_the_recipe_may_keep_repetitions_and_they_share_a_split(tmp_path: Path, encoder: TextEncoder) -> None:
+    path = write_csv(tmp_path / "a.csv", plain_rows(60) * 3)
+    done = prepare_text(tmp_path / "runs", encoder, {"source": str(path), "cleaning": {"duplicates": "keep"},
+                        "columns": {"text": "text", "label": "label"}})  # fmt: skip
+    assert done.record.cleaning.kept == 180 and done.record.quarantine is None
+    assert not done.raw("train") & done.raw("test") and not done.raw("train") & done.raw("validation")
+
+
+def test_a_leak_between_given_files_leaves_train(tmp_path: Path, encoder: TextEncoder) -> None:
+    train = write_csv(tmp_path / "train.csv", plain_rows(60))
+    test = write_csv(tmp_path / "test.csv", plain_rows(20, start=50))
+    done = prepare_text(tmp_path / "runs", encoder, {"split": {"files": {"train": str(train), "test": str(test)}}})
+    assert done.record.cleaning.leaks == 10
+    assert done.record.splits["test"].rows == 20
+    assert not done.raw("test") & (done.raw("train") | done.raw("validation"))
+    assert {entry["file"] for entry in done.quarantine} == {"train.csv"}
+
+
+def test_splits_are_stratified_and_recorded(tmp_path: Path, encoder: TextEncoder) -> None:
+    done = prepare_text(tmp_path / "runs", encoder, {"source": str(write_csv(tmp_path / "a.csv", plain_rows(200)))})
+    assert done.record.labels == ("bad", "good")
+    assert {split: stats.rows for split, stats in done.record.splits.items()} == dict(
+        zip(SPLITS, (160, 20, 20), strict=True)
+    )
+    assert done.record.splits["test"].class_counts == {"bad": 10, "good": 10}
+    table = open_split(done.folder, "test")
+    assert np.bincount(labels_of(table)).tolist() == [10, 10]
+    for row in table.to_pylist():
+        assert done.record.labels[row["label"]] == ("good" if row["row"] % 2 else "bad")
+        assert f"number {row['row']} " in row["raw"]
+
+
+def test_groups_and_times_decide_the_split(tmp_path: Path, encoder: TextEncoder) -> None:
+    rows = [(*row, f"shop {i % 20}", f"2024-01-{1 + i // 10:02d}") for i, row in enumerate(plain_rows(200))]
+    path = write_csv(tmp_path / "a.csv", rows, ("text", "label", "shop", "day"))
+    columns = {"text": "text", "label": "label"}
+    slices = {"slices": ["shop", "day"]}
+    by_group = prepare_text(tmp_path / "runs", encoder, {"source": str(path), "columns": columns,
+                            "split": {"by": {"group": "shop"}}}, evaluation=slices)  # fmt: skip
+    shops = [{row["slice:shop"] for row in by_group.rows(split)} for split in SPLITS]
+    assert not shops[0] & shops[1] and not shops[0] & shops[2] and not shops[1] & shops[2]
+    by_time = prepare_text(tmp_path / "runs", encoder, {"source": str(path), "columns": columns,
+                           "split": {"by": {"time": "day"}}}, evaluation=slices)  # fmt: skip
+    days = [sorted(row["slice:day"] for row in by_time.rows(split)) for split in SPLITS]
+    assert days[0][-1] < days[1][0] and days[1][-1] < days[2][0]
+
+
+def test_token_ids_are_the_encoders_and_figures_are_recorded(tmp_path: Path, encoder: TextEncoder) -> None:
+    done = prepare_text(tmp_path / "runs", encoder, {"source": str(write_csv(tmp_path / "a.csv", plain_rows(60)))})
+    rows = done.rows("validation")
+    assert [r["input_ids"] for r in rows] == encoder.encode([r["raw"] for r in rows]).columns["input_ids"].to_pylist()
+    assert done.record.mean_tokens == pytest.approx(8.0) and done.record.truncated_fraction == 0.0
+    assert load_encoder(done.folder / "encoder").describe() == encoder.describe()
+
+
+def test_the_folder_is_published_whole_with_recipe_and_record(tmp_path: Path, encoder: TextEncoder) -> None:
+    done = prepare_text(tmp_path / "runs", encoder, {"source": str(write_csv(tmp_path / "a.csv", plain_rows(60)))})
+    assert {RECIPE, RECORD, *(f"{split}.arrow" for split in SPLITS)} <= set(verify_manifest(done.folder))
+    assert DatasetRecord.model_validate_json((done.folder / RECORD).read_text(encoding="utf-8")) == done.record
+    assert done.events[-1].message and any(event.total == 60 and event.done == 60 for event in done.events)
+
+
+def test_a_second_run_has_the_same_key_and_the_same_bytes(tmp_path: Path, encoder: TextEncoder) -> None:
+    data = {"source": str(write_csv(tmp_path / "a.csv", plain_rows(90) + PLANTED))}
+    first, again = (prepare_text(tmp_path / root, encoder, data) for root in ("one", "two"))
+    assert first.key == again.key
+    for name in (*(f"{split}.arrow" for split in SPLITS), "quarantine.jsonl"):
+        assert (first.folder / name).read_bytes() == (again.folder / name).read_bytes()
+
+
+def test_the_key_follows_what_prepare_reads_and_nothing_else(tmp_path: Path, encoder: TextEncoder) -> None:
+    def key(fingerprint: str = "f", **changes: Any) -> str:
+        values = {"name": "set", "task": "text_classification", "data": {"source": "a.csv"}, **changes}
+        return content_key(Recipe.model_validate(values), encoder, fingerprint)
+
+    changes: list[dict[str, Any]] = [
+        {"seed": 1}, {"data": {"source": "a.csv", "split": {"train": 0.6, "validation": 0.2, "test": 0.2}}},
+        {"evaluation": {"slices": ["shop"]}}, {"data": {"source": "a.csv", "cleaning": {"leaks": "keep"}}},
+    ]  # fmt: skip
+    assert len({key(), key("g"), *(key(**change) for change in changes)}) == len(changes) + 2
+    for change in ({"training": {"epochs": 9}}, {"data": {"source": "a.csv", "batch_rows": 7}}, {"name": "other"}):
+        assert key(**change) == key()
+
+
+def test_the_size_of_batches_changes_nothing_but_the_memory(tmp_path: Path, encoder: TextEncoder) -> None:
+    path = write_csv(tmp_path / "a.csv", plain_rows(90) + PLANTED)
+    small, large = (prepare_text(tmp_path / str(n), encoder, {"source": str(path), "batch_rows": n}) for n in (7, 1000))
+    for split in SPLITS:
+        assert small.rows(split) == large.rows(split)
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path: Path, encoder: TextEncoder) -> None:
+    generator = random.Random(0)
+    peaks = []
+    for rows in (500, 8000):
+        path = tmp_path / f"{rows}.csv"
+        write_csv(
+            path, [(f"{i} " + "tea " * generator.randint(150, 200), "good" if i % 2 else "bad") for i in range(rows)]
+        )
+        pool = pa.proxy_memory_pool(pa.system_memory_pool())
+        previous = pa.default_memory_pool()
+        pa.set_memory_pool(pool)
+        try:
+            prepare_text(tmp_path / f"runs-{rows}", encoder, {"source": str(path), "batch_rows": 100})
+        finally:
+            pa.set_memory_pool(previous)
+        peaks.append(pool.max_memory())
+        size = path.stat().st_size
+    assert size > 5_000_000
+    assert peaks[1] < size / 4
+    assert peaks[1] < 3 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [("the tea was fine", "good")] * 3 + [(f"tea {i} is here", "good") for i in range(20)],
+            "only one class: 'good'",
+        ),
+        ([*plain_rows(40), ("so very odd", "rare"), ("more odd tea", "rare")], "label 'rare' has 2 distinct rows"),
+        ([("", "good"), ("", "bad")] * 10, "no rows are left|no readable rows|no usable rows"),
+    ],
+    ids=["one class", "too few", "nothing usable"],
+)
+def test_data_that_cannot_train_is_an_error_and_leaves_nothing(
+    tmp_path: Path, encoder: TextEncoder, rows: list[tuple[str, ...]], message: str
+) -> None:
+    path = write_csv(tmp_path / "a.csv", rows)
+    with pytest.raises(DataError, match=message):
+        prepare_text(tmp_path / "runs", encoder, {"source": str(path), "columns": {"text": "text", "label": "label"}})
+    assert not list((tmp_path / "runs").glob("prepare/set-*")) and not list((tmp_path / "runs").glob(".staging/*"))
+
+
+def test_a_label_seen_only_in_the_test_file_is_an_error(tmp_path: Path, encoder: TextEncoder) -> None:
+    train = write_csv(tmp_path / "train.csv", plain_rows(60))
+    test = write_csv(tmp_path / "test.csv", [*plain_rows(20, start=100), ("odd tea", "odd")])
+    with pytest.raises(DataError, match=r"label 'odd' is in test \(1 rows\) but not in train"):
+        prepare_text(tmp_path / "runs", encoder, {"split": {"files": {"train": str(train), "test": str(test)}}})
+
+
+def test_a_column_that_is_not_there_is_an_error(tmp_path: Path, encoder: TextEncoder) -> None:
+    path = write_csv(tmp_path / "a.csv", plain_rows(40))
+    with pytest.raises(DataError, match=r"no column 'txt'; the columns are text, label: did you mean 'text'\?"):
+        prepare_text(tmp_path / "runs", encoder, {"source": str(path), "columns": {"text": "txt"}})
+    with pytest.raises(DataError, match="no column 'shop'"):
+        prepare_text(tmp_path / "runs", encoder, {"source": str(path)}, evaluation={"slices": ["shop"]})
+
+
+def test_a_file_in_another_encoding_is_an_error_that_says_what_to_try(tmp_path: Path, encoder: TextEncoder) -> None:
+    path = tmp_path / "a.csv"
+    rows = "".join(f"{'the' if i % 4 else 'caf\xe9'} number {i},{'good' if i % 2 else 'bad'}\n" for i in range(60))
+    path.write_bytes(("text,label\n" + rows).encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.csv: .*line 2.*data\.encoding.*latin-1"):
+        prepare_text(tmp_path / "one", encoder, {"source": str(path), "columns": {"text": "text", "label": "label"}})
+    done = prepare_text(tmp_path / "two", encoder, {"source": str(path), "encoding": "latin-1"})
+    assert sum("caf\xe9" in row["raw"] for split in SPLITS for row in done.rows(split)) == 15
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 30 noisy images each, and one file of each kind of fault."""
+    root = tmp_path_factory.mktemp("pictures") / "set"
+    generator = np.random.default_rng(0)
+    for label, low in (("dark", 0), ("light", 128)):
+        (root / label).mkdir(parents=True)
+        for number in range(30):
+            pixels = generator.integers(low, low + 100, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(root / label / f"{number:02d}.png")
+    (root / "light" / "broken.png").write_bytes(b"\x89PNG not really")
+    (root / "light" / "cut.png").write_bytes((root / "light" / "00.png").read_bytes()[:200])
+    (root / "dark" / "twin.png").write_bytes((root / "dark" / "00.png").read_bytes())
+    return root
+
+
+def image_encoder() -> ImageEncoder:
+    return ImageEncoder(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_class_folders_become_pixels_and_broken_images_are_quarantined(tmp_path: Path, pictures: Path) -> None:
+    done = Prepared(tmp_path, image_encoder(), {"source": str(pictures)}, "image_classification")
+    counts = done.record.cleaning
+    assert (counts.rows_read, counts.kept, counts.duplicates, counts.unreadable) == (63, 60, 1, 2)
+    assert done.record.labels == ("dark", "light") and done.record.image_size == 16
+    assert {e["excerpt"] for e in done.quarantine} == {"dark/twin.png", "light/broken.png", "light/cut.png"}
+    table = open_split(done.folder, "test")
+    expected = image_encoder().encode([(pictures / row).read_bytes() for row in table["raw"].to_pylist()])
+    assert table["pixels"].to_pylist() == expected.columns["pixels"].to_pylist()
+
+
+def test_a_table_of_image_paths_is_read_relative_to_itself(tmp_path: Path, pictures: Path) -> None:
+    names = sorted(p.relative_to(pictures.parent).as_posix() for p in pictures.glob("*/[0-9]*.png"))
+    rows = [(name, name.split("/")[1]) for name in names] + [("set/absent.png", "dark")]
+    path = write_csv(pictures.parent / "table.csv", rows, ("picture", "kind"))
+    done = Prepared(tmp_path, image_encoder(), {"source": f"file://{path}"}, "image_classification")
+    assert (done.record.input_column, done.record.label_column) == ("picture", "kind")
+    assert (done.record.cleaning.kept, done.record.cleaning.unreadable) == (60, 1)
+    assert "cannot be opened" in done.quarantine[0]["reason"]
+
+
+def test_a_split_that_is_not_arrow_is_an_integrity_error(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="run prepare again"):
+        open_split(tmp_path, "train")
+    (tmp_path / "train.arrow").write_bytes(b"nothing")
+    with pytest.raises(IntegrityError, match="not a prepared split"):
+        open_split(tmp_path, "train")
