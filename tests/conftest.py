@@ -15,10 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # fmt: off
 WORDS = {
-    "good": tuple("great lovely rich smooth fresh tasty crisp perfect delicious happy".split()),
-    "bad": tuple("stale bland broken awful sour burnt rotten dull terrible sad".split()),
+    "good": tuple(["great", "lovely", "rich", "smooth", "fresh", "tasty", "crisp", "perfect", "delicious", "happy"]),
+    "bad": tuple(["stale", "bland", "broken", "awful", "sour", "burnt", "rotten", "dull", "terrible", "sad"]),
 }
-FILLER = tuple("the coffee tea box cup was is and it my dog we bought this very quite in a bag of".split())
+FILLER = tuple(["the", "coffee", "tea", "box", "cup", "was", "is", "and", "it", "my", "dog", "we", "bought", "this", "very", "quite", "in", "a", "bag", "of"])
 
 
 @pytest.fixture(scope="session")

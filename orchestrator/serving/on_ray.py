@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import re
 import socket
 import time
@@ -35,6 +36,7 @@ from orchestrator.serving.gateway import build_app, overloaded, wrong_version
 from orchestrator.serving.scaling import Latency, Scale, plan_scale
 from orchestrator.storage import Storage
 
+log = logging.getLogger(__name__)
 _GATEWAY, _MODEL, _MODEL_APP = "gateway", "Model", "model-"
 _LOOK_EVERY_S = 1.0
 _PATIENCE_S = 5.0
@@ -136,6 +138,7 @@ class RayModels:
 
     known: dict[str, _Known] = field(default_factory=dict)
     handles: dict[str, Any] = field(default_factory=dict)
+    asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     @contextlib.asynccontextmanager
     async def watching(self, app: FastAPI) -> AsyncIterator[None]:
@@ -148,22 +151,25 @@ class RayModels:
 
     async def _watch(self) -> None:
         while True:
-            # Without an answer from Serve's controller, the models known so far are still asked.
-            with contextlib.suppress(RayActorError, RayServeException, TimeoutError):
+            try:
                 await self._look()
+            except Exception:  # without Serve's controller, the models known so far go on being asked
+                log.warning("cannot see which models there are", exc_info=True)
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _look(self) -> None:
         """Forget models that are gone; ask what they are those that are new or have changed."""
         apps = (await asyncio.to_thread(serve.status)).applications
         seen = {app.removeprefix(_MODEL_APP): (status.status.value, status.last_deployed_time_s)
-                for app, status in apps.items() if app.startswith(_MODEL_APP)}  # fmt: skip
+                for app, status in apps.items()
+                if app.startswith(_MODEL_APP) and status.status != "DELETING"}  # fmt: skip
         for name in (self.known.keys() | self.handles.keys()) - seen.keys():
             self.known.pop(name, None)
             self.handles.pop(name, None)
-        changed = [name for name in seen if name not in self.known or self.known[name].seen != seen[name]
-                   or seen[name][0] != "RUNNING"]  # fmt: skip
-        await asyncio.gather(*(self._ask(name, seen[name]) for name in changed))
+        for name, state in seen.items():
+            settled = state[0] == "RUNNING" and name in self.known and self.known[name].seen == state
+            if not settled and (name not in self.asking or self.asking[name].done()):
+                self.asking[name] = asyncio.create_task(self._ask(name, state))
 
     async def _ask(self, name: str, seen: tuple[str, float]) -> None:
         try:
@@ -225,6 +231,8 @@ def deploy(served: Served, report: Report = ignore) -> str:
     url = _start(served.settings, report)
     before = _running(served.name)
     report(Event("serve", message=f"{served.name} version {served.version} starts"))
+    if before and not _has_room(served):
+        report(Event("serve", message="no CPU is free to start it beside the old one: requests wait meanwhile"))
     try:
         _submit(served.app, _model_app(served), None)
         for app in (_GATEWAY, served.app):
@@ -337,29 +345,29 @@ def _gateway_app() -> Any:
 
 
 def _model_app(served: Served) -> Any:
+    scale, settings = served.scale, served.settings
     gpus = ray.cluster_resources().get("GPU", 0.0)
     # Replicas share the GPUs there are, one share kept free for the next version.
-    share = round(min(1.0, gpus / (served.settings.max_replicas + 1)) - 0.005, 2) if gpus else 0.0
-    scale, cpus = served.scale, served.settings.cpus_per_replica
+    share = math.floor(100 * min(1.0, gpus / (settings.max_replicas + 1))) / 100
     return serve.deployment(
         ModelReplica,
         name=_MODEL,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": share},
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": share},
         autoscaling_config=AutoscalingConfig(**scale.autoscaling()),
         max_ongoing_requests=scale.max_ongoing_requests,
         max_queued_requests=scale.max_queued_requests,
         max_constructor_retry_count=_STARTS,
         # The new replica starts beside the old one where there is room; else requests wait while it takes its place.
-        max_surge_percent=100 if _has_room(cpus) else 0,
+        max_surge_percent=100 if _has_room(served) else 0,
         health_check_period_s=10.0,
-        health_check_timeout_s=max(30.0, served.settings.request_timeout_s),
+        health_check_timeout_s=max(30.0, settings.request_timeout_s),
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=served.settings.request_timeout_s + 5.0,
+        graceful_shutdown_timeout_s=settings.request_timeout_s + 5.0,
     ).bind(served, "cuda" if gpus else "cpu")
 
 
-def _has_room(cpus: float) -> bool:
-    return bool(ray.available_resources().get("CPU", 0.0) >= cpus)
+def _has_room(served: Served) -> bool:
+    return bool(ray.available_resources().get("CPU", 0.0) >= served.settings.cpus_per_replica)
 
 
 def _submit(app: str, target: Any, route_prefix: str | None) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from served_models import png, publish_image_model, publish_text_model
 
+from orchestrator.errors import PortInUse, ServingFailed
 from orchestrator.recipe import Serving
+from orchestrator.serving.predictor import Predictor
 from orchestrator.storage import Storage, version_location
 
 pytestmark = pytest.mark.ray
@@ -100,13 +105,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> St
 def endpoint(ray_session: object, settings: Serving, storage: Storage) -> Iterator[str]:
     from orchestrator.serving.on_ray import deploy, shutdown
 
-    if True:
-        started = time.monotonic()
-        url = deploy(served(storage, settings, "reviews", 1))
-        print("first deploy", time.monotonic() - started)
-        started = time.monotonic()
-        deploy(served(storage, settings, "shapes", 1))
-        print("second deploy", time.monotonic() - started)
+    for name in ("reviews", "shapes"):
+        url = deploy(served(storage, settings, name, 1))
     yield url
     shutdown()
 
@@ -114,7 +114,7 @@ def endpoint(ray_session: object, settings: Serving, storage: Storage) -> Iterat
 def test_answers_are_the_offline_predictors(endpoint: str, storage: Storage) -> None:
     url = f"{endpoint}/v1/models/reviews:predict"
     expected = offline(storage, "reviews", 1, TEXTS)
-    with concurrent_futures.ThreadPoolExecutor(8) as clients:
+    with ThreadPoolExecutor(8) as clients:
         single = list(clients.map(lambda text: scores(ask(url, {"instances": [text]}))[0], TEXTS))
     for got in (scores(ask(url, {"instances": TEXTS})), single):
         assert got == [pytest.approx(row, abs=1e-6) for row in expected]

@@ -1,0 +1,113 @@
+"""One worker, from prepared data to a model; stopped anywhere, it goes on to the same weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.data.prepare import content_key, prepare
+from orchestrator.data.sources import open_source
+from orchestrator.errors import IntegrityError
+from orchestrator.progress import Event
+from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.storage import MODEL, Storage, sha256_file
+from orchestrator.tasks import TASKS
+from orchestrator.training.metrics_log import read_metrics
+from orchestrator.training.state import latest_state
+from orchestrator.training.worker import Place, TrainJob, train_worker
+
+ALONE = Place(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def job(reviews_csv: Path, tiny_backbone: Path, tmp_path: Path) -> TrainJob:
+    recipe = parse_recipe(
+        f"name: r\ntask: text_classification\nstorage: {tmp_path}/runs\ndata: {{source: {reviews_csv}}}\n"
+        f"model: {{backbone: {tiny_backbone}, max_tokens: 32}}\n"
+        "training: {epochs: 6, batch_size: 8, learning_rate: 2.0e-3, checkpoint_every_steps: 15}\n"
+    )
+    return prepared(recipe)
+
+
+def prepared(recipe: Recipe) -> TrainJob:
+    storage, source, task = Storage(recipe.storage), open_source(recipe.data), TASKS[recipe.task]
+    encoder = task.encoder(recipe.model, ())
+    dataset = prepare(recipe, encoder, source, storage, content_key(recipe, encoder, source.fingerprint(storage)))
+    return TrainJob(recipe, "train/r", dataset.location, dataset.labels)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step: int):
+    """Raises where a stop would hit: between two steps."""
+
+    def emit(event: Event) -> None:
+        if event.done >= step:
+            raise Stopped
+
+    return emit
+
+
+def test_it_learns_what_the_words_say(job: TrainJob) -> None:
+    train_worker(job, ALONE, lambda event: None)
+    storage = Storage(job.recipe.storage)
+    position, _ = latest_state(storage, job.run)
+    assert position.finished
+    assert position.best_value > 0.85
+    assert position.step == 6 * 40
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = Storage(job.recipe.storage), TrainJob(job.recipe, "train/parts", job.dataset, job.labels)
+    train_worker(job, ALONE, lambda event: None)
+    monkeypatch.setattr("orchestrator.training.worker._REPORT_EVERY_S", 0.0)
+    for step in (22, 61, 133):
+        with pytest.raises(Stopped):
+            train_worker(parts, ALONE, stop_at(step))
+    train_worker(parts, ALONE, lambda event: None)
+    weights = [sha256_file(whole.path(f"{run}/{MODEL}/model.safetensors")) for run in (job.run, parts.run)]
+    assert weights[0] == weights[1]
+    assert latest_state(whole, parts.run)[0].resumed == 3
+    steps = [line["step"] for line in read_metrics(whole.path(parts.run)) if line["kind"] == "train"]
+    assert steps == list(range(1, 241))
+
+
+def test_a_broken_checkpoint_is_passed_over_and_all_broken_is_an_error(job: TrainJob) -> None:
+    train_worker(job, ALONE, lambda event: None)
+    storage = Storage(job.recipe.storage)
+    older, newer = (
+        storage.path(f"{job.run}/checkpoints/{name}") for name in storage.children(f"{job.run}/checkpoints")
+    )
+    flip(newer / "tensors.pt")
+    assert latest_state(storage, job.run)[1] == older
+    flip(older / "tensors.pt")
+    with pytest.raises(IntegrityError, match="no checkpoint of train/r is whole"):
+        train_worker(job, ALONE, lambda event: None)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_early_stopping_ends_the_run(job: TrainJob) -> None:
+    recipe = parse_recipe_with(job, {"epochs": 50, "learning_rate": 1e-9, "early_stopping": {"patience_epochs": 2}})
+    train_worker(TrainJob(recipe, "train/early", job.dataset, job.labels), ALONE, lambda event: None)
+    position, _ = latest_state(Storage(recipe.storage), "train/early")
+    assert position.stopped_early
+    assert position.epoch == 3
+
+
+@pytest.mark.parametrize("options", [{"accumulate_steps": 4}, {"oversample": True}, {"class_weights": "balanced"},
+                                     {"label_smoothing": 0.1, "schedule": "cosine"}])  # fmt: skip
+def test_every_option_trains(job: TrainJob, options: dict[str, object]) -> None:
+    recipe = parse_recipe_with(job, {"epochs": 1, **options})
+    train_worker(TrainJob(recipe, "train/option", job.dataset, job.labels), ALONE, lambda event: None)
+    assert latest_state(Storage(recipe.storage), "train/option")[0].finished
+
+
+def parse_recipe_with(job: TrainJob, training: dict[str, object]) -> Recipe:
+    return Recipe.model_validate(job.recipe.model_dump() | {"training": job.recipe.training.model_dump() | training})
