@@ -13,12 +13,14 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# fmt: off
 WORDS = {
-    "good": tuple(["great", "lovely", "rich", "smooth", "fresh", "tasty", "crisp", "perfect", "delicious", "happy"]),
-    "bad": tuple(["stale", "bland", "broken", "awful", "sour", "burnt", "rotten", "dull", "terrible", "sad"]),
+    "good": ("great", "lovely", "rich", "smooth", "fresh", "tasty", "crisp", "perfect", "delicious", "happy"),
+    "bad": ("stale", "bland", "broken", "awful", "sour", "burnt", "rotten", "dull", "terrible", "sad"),
 }
-FILLER = tuple(["the", "coffee", "tea", "box", "cup", "was", "is", "and", "it", "my", "dog", "we", "bought", "this", "very", "quite", "in", "a", "bag", "of"])
+FILLER = (
+    "the", "coffee", "tea", "box", "cup", "was", "is", "and", "it", "my", "dog", "we", "bought", "this", "very", "quite",
+    "in", "a", "bag", "of",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
