@@ -54,7 +54,7 @@ def prepare_once(recipe: Recipe, encoder: Encoder) -> Contender:
 
         started = time.perf_counter()
         source, storage = open_source(recipe.data), Storage(str(folder))
-        key = content_key(recipe, encoder, source.fingerprint(storage))
+        key = content_key(recipe, encoder, source, storage)
         prepare(recipe, encoder, source, storage, key, report)
         ended = time.perf_counter()
         return {"whole": ended - started, "pass 2": ended - marks[-1]}

@@ -72,7 +72,7 @@ def _measure(pipeline: Pipeline, dataset: DatasetRecord, network: torch.nn.Modul
     from orchestrator.data.dataset import open_split
 
     table = open_split(pipeline.storage.fetch(dataset.location, verify=False), "train")
-    encoder = pipeline._encoder(pipeline.recipe)
+    encoder = pipeline.encoder_for(pipeline.recipe)
     lengths = encoder.lengths(table)
     middle = np.argsort(lengths)[len(lengths) // 2 :][: pipeline.recipe.training.batch_size]
     inputs = encoder.collate(table.take(middle))

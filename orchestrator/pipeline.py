@@ -128,20 +128,22 @@ class Pipeline:
     def prepare(self, model: Model | None = None) -> DatasetRecord:
         """Read, clean, split and encode. ``model``: encode for another model than the recipe's."""
         recipe = self.recipe if model is None else self.recipe.model_copy(update={"model": model})
-        encoder = self._encoder(recipe)
-        key = content_key(recipe, encoder, self.source.fingerprint(self.storage))
+        encoder = self.encoder_for(recipe)
+        key = content_key(recipe, encoder, self.source, self.storage)
         return self._once(
             "prepare", key, DatasetRecord,
             lambda: prepare_dataset(recipe, encoder, self.source, self.storage, key, self.report),
         )  # fmt: skip
 
-    def _encoder(self, recipe: Recipe) -> Encoder:
+    def encoder_for(self, recipe: Recipe) -> Encoder:
+        """What turns the recipe's inputs into its network's; an automatic image size is settled by looking at some."""
         if self.task.input_kind == "text":
             return self.task.encoder(recipe.model, ())
         schema = infer_schema(self.source.sample, recipe.data.columns, "image")
         names = self.source.sample[schema.input_column].drop_null().to_pylist()
         step = max(1, len(names) // _SAMPLE_IMAGES)
-        contents = self.source.read_images(names[::step], self.source.files[0].name)
+        first_file = self.source.files[0].name
+        contents = [self.source.read_image(name, first_file) for name in names[::step]]
         return self.task.encoder(recipe.model, [content for content in contents if isinstance(content, bytes)])
 
     # --------------------------------------------------------------------------------------------------------- train

@@ -65,6 +65,10 @@ class SplitBy(Section):
             raise ValueError("split.by needs exactly one of group and time")
         return self
 
+    @property
+    def column(self) -> str:
+        return self.group or self.time or ""
+
 
 class Split(Section):
     train: Fraction = 0.8

@@ -39,19 +39,25 @@ REASONS = {
 
 def hash_inputs(inputs: Iterable[str | bytes]) -> np.ndarray:
     """128-bit BLAKE2b of each text (UTF-8, surrounding white space left out) or file content."""
-    digests = b"".join(
-        hashlib.blake2b(item.strip().encode() if isinstance(item, str) else item, digest_size=16).digest()
-        for item in inputs
-    )
-    return np.frombuffer(digests, HASH)
+    return np.frombuffer(b"".join(map(digest, inputs)), HASH)
+
+
+def digest(item: str | bytes) -> bytes:
+    content = item.strip().encode() if isinstance(item, str) else item
+    return hashlib.blake2b(content, digest_size=HASH.itemsize).digest()
 
 
 def group_by_hash(hashes: np.ndarray) -> np.ndarray:
     """int64 [rows]: rows with the same input get the same number, numbers in order of first appearance."""
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    groups: np.ndarray = rank[inverse]
+    order = np.lexsort((hashes["low"], hashes["high"]))  # stable: among equals the first row comes first
+    ordered = hashes[order]
+    starts = np.ones(len(order), bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    firsts = order[starts]
+    rank = np.empty(len(firsts), np.int64)
+    rank[np.argsort(firsts)] = np.arange(len(firsts))
+    groups = np.empty(len(order), np.int64)
+    groups[order] = rank[np.cumsum(starts) - 1]
     return groups
 
 
@@ -64,8 +70,8 @@ def find_repeats(groups: np.ndarray, labels: np.ndarray, scope: np.ndarray, sett
         verdicts[:] = Verdict.DUPLICATE
         verdicts[first] = Verdict.KEPT
     if settings.conflicts == "drop":
-        pairs = np.unique(np.stack([inputs, labels.astype(np.int64)]), axis=1)
-        names, distinct_labels = np.unique(pairs[0], return_counts=True)
+        _, first = np.unique(_number(inputs, labels), return_index=True)
+        names, distinct_labels = np.unique(inputs[first], return_counts=True)
         verdicts[np.isin(inputs, names[distinct_labels > 1])] = Verdict.CONFLICT
     return verdicts
 

@@ -1,26 +1,27 @@
-"""The first pass: hash every row, then decide which rows are kept and which split each belongs to.
+"""Facts about every row, then the decision which rows are kept and which split each belongs to.
 
-In: a source's batches. Out: a ``Decision``. Keeps some forty bytes per row, whatever the size of the texts or images.
+In: what the intake saw, batch by batch. Out: a ``Decision``. Keeps some forty bytes per row, whatever the size of the texts
+or images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.data.cleaning import HASH, SPLITS, Verdict, find_leaks, find_repeats, group_by_hash, hash_inputs
+from orchestrator.data.cleaning import SPLITS, Verdict, find_leaks, find_repeats, group_by_hash
+from orchestrator.data.intake import Rows
 from orchestrator.data.schema import Schema
-from orchestrator.data.sources import Source, SourceBatch
 from orchestrator.data.splits import at_random, by_group, by_time, check_labels, test_of, validation_of
-from orchestrator.data.tables import BadRow
 from orchestrator.errors import DataError
 from orchestrator.recipe import Recipe
 
 _UNSET = -1
+_MAX_UNDECODABLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -32,142 +33,156 @@ class Decision:
     label_of_row: np.ndarray
     """int32 [rows], index into labels; -1 where there is none"""
     labels: tuple[str, ...]
-    reasons: dict[int, str] = field(default_factory=dict)
-    """What is known beyond the verdict, by row."""
 
 
-class FirstPass:
-    """Facts about each row, collected batch by batch."""
+class Facts:
+    """What is known of each row, collected batch by batch."""
 
-    def __init__(self, recipe: Recipe, source: Source, schema: Schema) -> None:
-        self.recipe, self.source, self.schema = recipe, source, schema
-        self.bad: list[tuple[str, BadRow]] = []
-        self.reasons: dict[int, str] = {}
+    def __init__(self, recipe: Recipe, schema: Schema) -> None:
+        self.schema, self.by = schema, recipe.data.split.by
+        self.rows = self.bad_rows = self.undecodable_rows = 0
+        self._first_bad: str | None = None
+        self._first_undecodable: str | None = None
+        self._times = _Times()
         self._vocabulary: dict[str, int] = {}
-        self._groups: dict[str, int] = {}
-        self._parts: dict[str, list[np.ndarray]] = {"hash": [], "label": [], "given": [], "verdict": [], "by": []}
-        by = recipe.data.split.by
-        self.by_column = (by.group or by.time) if by else None
-        self._check_columns()
+        self._parts: dict[str, list[np.ndarray]] = {}
 
-    def _check_columns(self) -> None:
-        columns = self.source.sample.column_names
-        for name in (self.by_column, *self.recipe.evaluation.slices):
-            if name is not None and name not in columns:
-                raise DataError(
-                    f"there is no column {name!r}; the columns are {', '.join(columns)}", "choose one of these"
-                )
+    def add(self, rows: Rows, tokens: np.ndarray) -> None:
+        """``tokens``: int64, of each kept row."""
+        batch, number = rows.batch, rows.batch.table.num_rows
+        self._note_bad(rows)
+        kept, labels = rows.kept, pc.utf8_trim_whitespace(batch.table[self.schema.label_column]).to_pylist()
+        tokens_of_row, truncated = np.zeros(number, np.int32), np.zeros(number, bool)
+        tokens_of_row[kept] = tokens
+        if rows.encoded.truncated is not None:
+            truncated[kept] = rows.encoded.truncated
+        code_of_label = self._vocabulary.setdefault
+        facts = {
+            "hash": rows.hashes,
+            "verdict": rows.verdicts,
+            "label": np.array([code_of_label(x, len(self._vocabulary)) if x else _UNSET for x in labels], np.int32),
+            "given": np.full(number, SPLITS.index(batch.split) if batch.split else _UNSET, np.int8),
+            "by": self._order(batch.table, number),
+            "tokens": tokens_of_row,
+            "truncated": truncated,
+        }
+        for name, values in facts.items():
+            self._parts.setdefault(name, []).append(values)
+        self.rows += number
 
-    def run(self) -> Iterator[int]:
-        """Read everything once; yields the number of rows so far."""
-        rows = 0
-        for batch in self.source.batches():
-            self._batch(batch, rows)
-            rows += batch.table.num_rows
-            yield rows
-        joined = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self._parts.items()}
-        self.hashes, self.given, self.verdicts, self.by = (joined[n] for n in ("hash", "given", "verdict", "by"))
-        self.labels, self.label_of_row = self._sorted_labels(joined["label"].astype(np.int32))
+    def _note_bad(self, rows: Rows) -> None:
+        for bad in rows.batch.bad:
+            self.bad_rows += 1
+            self._first_bad = self._first_bad or f"line {bad.line} of {rows.batch.file} {bad.reason}"
+            if bad.is_undecodable:
+                self.undecodable_rows += 1
+                self._first_undecodable = self._first_undecodable or f"line {bad.line} of {rows.batch.file}"
+        for index, reason in rows.reasons.items():
+            name = rows.batch.table[self.schema.input_column][index].as_py()
+            self._first_bad = self._first_bad or f"{name} {reason}"
 
-    def _batch(self, batch: SourceBatch, first_row: int) -> None:
-        self.bad += [(batch.file, bad) for bad in batch.bad]
-        rows = batch.table.num_rows
-        inputs = batch.table[self.schema.input_column].to_pylist()
-        labels = pc.utf8_trim_whitespace(batch.table[self.schema.label_column]).to_pylist()
-        missing = np.array([not (i and i.strip()) or not label for i, label in zip(inputs, labels, strict=True)], bool)
-        verdict = np.where(missing, Verdict.MISSING, Verdict.KEPT).astype(np.int8)
-        contents = self._contents(inputs, batch, verdict, first_row)
-        self._parts["hash"].append(hash_inputs(contents) if rows else np.zeros(0, HASH))
-        self._parts["label"].append(np.array([self._vocabulary.setdefault(x, len(self._vocabulary)) if x else -1
-                                              for x in labels], np.int32))  # fmt: skip
-        self._parts["given"].append(np.full(rows, SPLITS.index(batch.split) if batch.split else _UNSET, np.int8))
-        self._parts["verdict"].append(verdict)
-        self._parts["by"].append(self._by_values(batch, first_row))
+    def _order(self, table: pa.Table, number: int) -> np.ndarray:
+        """int64 [rows]: the group's number or the time of each row; zeros when neither decides the split."""
+        if self.by is None:
+            return np.zeros(number, np.int64)
+        if self.by.time is not None:
+            return self._times.of(table[self.by.time], self.by.time)
+        return np.array([_number_of(value) for value in table[self.by.column].to_pylist()], np.int64)
 
-    def _contents(
-        self, inputs: list[str | None], batch: SourceBatch, verdict: np.ndarray, first_row: int
-    ) -> list[str | bytes]:
-        """What is hashed: the texts, or the images' bytes. An image that cannot be read is marked here."""
-        if self.schema.kind == "text":
-            return [item or "" for item in inputs]
-        contents = self.source.read_images([item or "" for item in inputs], batch.file)
-        for index, content in enumerate(contents):
-            if isinstance(content, str) and verdict[index] == Verdict.KEPT:
-                verdict[index] = Verdict.UNREADABLE
-                self.reasons[first_row + index] = content
-        return contents
+    def column(self, name: str) -> np.ndarray:
+        """One fact of all rows: hash, verdict, label, given, by, tokens or truncated."""
+        return np.concatenate(self._parts[name])
 
-    def _by_values(self, batch: SourceBatch, first_row: int) -> np.ndarray:
-        if self.by_column is None:
-            return np.zeros(batch.table.num_rows, np.int64)
-        column = batch.table[self.by_column]
-        by = self.recipe.data.split.by
-        if by is not None and by.time is not None:
-            return _times(column, by.time)
-        values = column.to_pylist()
-        return np.array([self._groups.setdefault(str(v), len(self._groups)) for v in values], np.int64)
+    def check(self) -> None:
+        """Raises DataError when hardly anything could be read: then it is the file that is wrong, not some rows."""
+        read = self.rows + self.bad_rows
+        if self.undecodable_rows > max(1.0, _MAX_UNDECODABLE * read):
+            raise DataError(
+                f"{self.undecodable_rows} of {read} rows are not in the expected encoding, the first on "
+                f"{self._first_undecodable}",
+                "set data.encoding to the file's own, such as latin-1 or cp1252",
+            )
+        if not self.rows or not (self.column("verdict") == Verdict.KEPT).any():
+            raise DataError(
+                f"none of the {read} rows can be used: {self._first_bad or 'all lack an input or a label'}",
+                "see that one first",
+            )
 
-    def _sorted_labels(self, codes: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-        """Labels in alphabetical order (numbers by value), and each row's index into them."""
+    def sorted_labels(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """Labels in alphabetical order (numbers by value), and each row's index into them, -1 for none."""
         names = sorted(self._vocabulary, key=_label_order)
         new_code = np.empty(len(names) + 1, np.int32)
         for index, name in enumerate(names):
             new_code[self._vocabulary[name]] = index
-        new_code[-1] = -1
-        return tuple(names), new_code[codes]
+        new_code[_UNSET] = _UNSET
+        return tuple(names), new_code[self.column("label")]
 
 
-def decide(recipe: Recipe, first: FirstPass) -> Decision:
+def decide(recipe: Recipe, facts: Facts) -> Decision:
     """Verdict and split of each row. Raises DataError when no training, validation and test set come out."""
-    if not len(first.verdicts):
-        raise DataError("the source has no readable rows", "check the file")
-    settings, seed = recipe.data, recipe.seed
-    verdicts, splits = first.verdicts.copy(), np.full(len(first.verdicts), _UNSET, np.int8)
+    facts.check()
+    all_labels, label_of_row = facts.sorted_labels()
+    given, verdicts = facts.column("given"), facts.column("verdict")
+    splits = np.full(len(verdicts), _UNSET, np.int8)
     usable = np.flatnonzero(verdicts == Verdict.KEPT)
-    groups = group_by_hash(first.hashes[usable])
-    repeats = find_repeats(groups, first.label_of_row[usable], first.given[usable], settings.cleaning)
+    groups = group_by_hash(facts.column("hash")[usable])
+    repeats = find_repeats(groups, label_of_row[usable], given[usable], recipe.data.cleaning)
     verdicts[usable] = repeats
+    _check_each_label_is_left(all_labels, label_of_row, verdicts)
     kept, groups = usable[repeats == Verdict.KEPT], groups[repeats == Verdict.KEPT]
-    splits[kept] = _assign(recipe, first, kept, groups, seed)
-    leaks = find_leaks(groups, splits[kept], settings.cleaning)
+    candidates = _Candidates(label_of_row[kept], groups, given[kept], facts.column("by")[kept], all_labels)
+    splits[kept] = _assign(recipe, candidates)
+    leaks = find_leaks(groups, splits[kept], recipe.data.cleaning)
     verdicts[kept[leaks]] = Verdict.LEAK
     clean = kept[~leaks]
-    used = np.unique(first.label_of_row[clean])
-    labels, label_of_row = _only_used(first, used)
-    check_labels(label_of_row[clean], splits[clean], labels)
-    return Decision(verdicts, splits, label_of_row, labels, first.reasons)
+    check_labels(label_of_row[clean], splits[clean], all_labels)
+    return Decision(verdicts, splits, label_of_row, all_labels)
 
 
-def _assign(recipe: Recipe, first: FirstPass, kept: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
-    """A split for each kept row: by its file, by group, by time or at random."""
-    settings, labels = recipe.data.split, first.label_of_row[kept]
-    if (first.given != _UNSET).any():
-        return _complete(first.given[kept].copy(), labels, groups, recipe, first.labels)
+def _check_each_label_is_left(labels: tuple[str, ...], label_of_row: np.ndarray, verdicts: np.ndarray) -> None:
+    """A class must not vanish because all of its images are broken, say."""
+    for code in np.setdiff1d(np.arange(len(labels)), label_of_row[verdicts == Verdict.KEPT]).tolist():
+        lost = np.bincount(verdicts[label_of_row == code], minlength=len(Verdict))
+        words = ", ".join(f"{lost[verdict]} {verdict.name.lower()}" for verdict in Verdict if lost[verdict])
+        raise DataError(
+            f"no row of the label {labels[code]!r} can be used ({words})", "mend its rows, or take the label out"
+        )
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The rows that are to be split; arrays of [rows]."""
+
+    labels: np.ndarray
+    groups: np.ndarray
+    given: np.ndarray
+    by: np.ndarray
+    names: tuple[str, ...]
+    """of the labels"""
+
+
+def _assign(recipe: Recipe, rows: _Candidates) -> np.ndarray:
+    """A split for each row: by its file, by group, by time or at random."""
+    settings, seed = recipe.data.split, recipe.seed
+    if (rows.given != _UNSET).any():
+        return _complete(recipe, rows)
     if settings.by is not None and settings.by.group is not None:
-        return by_group(first.by[kept], settings, seed)
+        return by_group(rows.by, settings, seed)
     if settings.by is not None:
-        return by_time(first.by[kept], settings)
-    return at_random(labels, groups, settings, seed, first.labels)
+        return by_time(rows.by, settings)
+    return at_random(rows.labels, rows.groups, settings, seed, rows.names)
 
 
-def _complete(
-    given: np.ndarray, labels: np.ndarray, groups: np.ndarray, recipe: Recipe, names: tuple[str, ...]
-) -> np.ndarray:
+def _complete(recipe: Recipe, rows: _Candidates) -> np.ndarray:
     """Draw the splits that the files do not give out of the training rows."""
+    given = rows.given.copy()
     for code, draw in ((2, test_of), (1, validation_of)):
         if not (given == code).any():
             train = np.flatnonzero(given == 0)
             if not len(train):
                 raise DataError("there are no training rows", "name a train file or folder")
-            given[train] = draw(labels[train], groups[train], recipe.data.split, recipe.seed, names)
+            given[train] = draw(rows.labels[train], rows.groups[train], recipe.data.split, recipe.seed, rows.names)
     return given
-
-
-def _only_used(first: FirstPass, used: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Labels that no kept row has are not classes."""
-    new_code = np.full(len(first.labels) + 1, -1, np.int32)
-    new_code[used] = np.arange(len(used))
-    return tuple(first.labels[int(code)] for code in used), new_code[first.label_of_row]
 
 
 def _label_order(label: str) -> tuple[int, float, str]:
@@ -177,17 +192,39 @@ def _label_order(label: str) -> tuple[int, float, str]:
         return 1, 0.0, label
 
 
-def _times(column: pa.ChunkedArray, name: str) -> np.ndarray:
-    """int64 [rows]: order in time, from numbers or ISO 8601 dates. A row without a time counts as the oldest."""
-    for convert in (
-        lambda c: pc.cast(pc.multiply(pc.cast(c, pa.float64()), 1e6), pa.int64(), safe=False),
-        lambda c: pc.cast(pc.cast(c, pa.timestamp("us")), pa.int64()),
-    ):
-        try:
-            values: np.ndarray = pc.fill_null(convert(column), np.iinfo(np.int64).min).to_numpy()
-        except pa.ArrowInvalid:
-            continue
-        return values
-    raise DataError(
-        f"the column {name!r} holds neither numbers nor ISO 8601 dates", "give another column to split.by.time"
-    )
+def _number_of(value: str | None) -> int:
+    """The same number for the same value, without a table of all values."""
+    digest = hashlib.blake2b((value or "").encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+class _Times:
+    """Order in time, from numbers or from ISO 8601 dates with or without a zone: one kind for the whole column."""
+
+    _kinds = {
+        "numbers": lambda c: pc.cast(pc.multiply(pc.cast(c, pa.float64()), 1e6), pa.int64(), safe=False),
+        "dates without a time zone": lambda c: pc.cast(pc.cast(c, pa.timestamp("us")), pa.int64()),
+        "dates with a time zone": lambda c: pc.cast(pc.cast(c, pa.timestamp("us", "UTC")), pa.int64()),
+    }
+
+    def __init__(self) -> None:
+        self._kind: str | None = None
+
+    def of(self, column: pa.ChunkedArray, name: str) -> np.ndarray:
+        """int64 [rows], in microseconds or in millionths of the number; zero where there is none."""
+        filled = pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), pa.scalar(None, pa.string()), column)
+        if filled.null_count == len(filled):
+            return np.zeros(len(filled), np.int64)
+        for kind, convert in self._kinds.items():
+            if self._kind not in (None, kind):
+                continue
+            try:
+                values: np.ndarray = pc.fill_null(convert(filled), 0).to_numpy()
+            except pa.ArrowInvalid:
+                continue
+            self._kind = kind
+            return values
+        expected = f"holds {self._kind} first and other values later" if self._kind else "is neither numbers nor dates"
+        raise DataError(
+            f"the column {name!r} {expected}", "write all as numbers or as ISO 8601 dates, or split by another column"
+        )

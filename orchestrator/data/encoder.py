@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -30,6 +31,8 @@ class Encoded:
 
     columns: dict[str, pa.Array]
     unreadable: tuple[Unreadable, ...] = ()
+    truncated: np.ndarray | None = None
+    """bool [readable]: the text was longer than ``max_tokens``; None for images."""
 
 
 class Encoder(Protocol):

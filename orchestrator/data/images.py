@@ -44,13 +44,16 @@ class ImageEncoder:
         return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
 
     def encode(self, inputs: Sequence[bytes]) -> Encoded:
-        results = list(self._threads.map(self._decode, inputs))
+        return self.pack(list(self._threads.map(self.decode, inputs)))
+
+    def pack(self, results: Sequence[bytes | str]) -> Encoded:
+        """What ``decode`` gave, as columns."""
         pixels = [result for result in results if isinstance(result, bytes)]
         broken = tuple(Unreadable(i, result) for i, result in enumerate(results) if isinstance(result, str))
         flat = pa.py_buffer(b"".join(pixels))
         return Encoded({"pixels": pa.Array.from_buffers(pa.binary(self._bytes), len(pixels), [None, flat])}, broken)
 
-    def _decode(self, content: bytes) -> bytes | str:
+    def decode(self, content: bytes) -> bytes | str:
         """Pixels in HWC order, or the reason why there are none."""
         try:
             with Image.open(io.BytesIO(content)) as image:

@@ -68,10 +68,15 @@ def _check_is_there(name: str | None, columns: list[str]) -> None:
 
 def _infer_input(profiles: list[_Profile], kind: str | None) -> str:
     images = [p for p in profiles if p.images > 0.5] if kind != "text" else []
-    texts = [p for p in profiles if p.words >= _MIN_WORDS and p.distinct > p.filled // 2] if kind != "image" else []
+    texts = [p for p in profiles if p.words >= _MIN_WORDS and _is_varied(p)] if kind != "image" else []
     candidates = images or texts
     word = "image" if kind == "image" else "text"
     return _only(candidates, _TEXT_NAMES, profiles, f"data.columns.{word}", "free text" if word == "text" else "paths")
+
+
+def _is_varied(profile: _Profile) -> bool:
+    """More values than classes would have, however often each of them comes."""
+    return profile.distinct > min(_MAX_CLASSES, profile.filled // 2)
 
 
 def _infer_label(profiles: list[_Profile]) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,8 +30,10 @@ IMAGE_COLUMN, LABEL_COLUMN = "image", "label"
 FINGERPRINTS = "prepare/fingerprints.json"
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
                   "val": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
-_READ_THREADS = 8
 _HASH_CHUNK_BYTES = 1 << 20
+_SAMPLE_ROWS = 1000
+_REMOTE_READERS = 32
+"""An object store answers slowly but many at a time; a local disk is best read by as many threads as there are cores."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,14 @@ class SourceFile:
     size_bytes: int
     modified_ns: int
     filesystem: fs.FileSystem
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file of the source's folder that is neither a table nor an image that can be read."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -65,19 +78,27 @@ def open_source(data: Data) -> Source:
         assert data.source is not None
         return Source(data, _find(data.source, None))
     given = {name: path for name, path in data.split.files.model_dump().items() if path is not None}
-    return Source(data, [file for split, path in given.items() for file in _find(path, split)])
+    found = [entry for split, path in given.items() for entry in _find(path, split)]
+    names = [entry.name for entry in found]
+    if len(set(names)) < len(names):  # train/cat/1.png and test/cat/1.png
+        found = [replace(e, name=f"{e.split}/{e.name}") if isinstance(e, SourceFile) else e for e in found]
+    return Source(data, found)
 
 
 class Source:
-    def __init__(self, data: Data, files: Sequence[SourceFile]) -> None:
+    """Reading starts anew with every call of ``batches``."""
+
+    def __init__(self, data: Data, found: Sequence[SourceFile | Skipped]) -> None:
+        files = [entry for entry in found if isinstance(entry, SourceFile)]
         kinds = {_kind(file.name) for file in files}
         if len(kinds) > 1:
             raise DataError(
                 f"the source mixes {' and '.join(sorted(map(str, kinds)))} files", "keep one kind per folder"
             )
         self.is_image_folder = kinds == {"image"}
-        limit = data.max_rows if self.is_image_folder else None  # images lie class by class: take some of each
-        self.data, self.files = data, tuple(files) if limit is None else _spread(files, limit)
+        self.data, self.skipped = data, tuple(entry for entry in found if isinstance(entry, Skipped))
+        self.files = _some_of_each(files, data.max_rows) if self.is_image_folder else tuple(files)
+        self.is_local = all(isinstance(file.filesystem, fs.LocalFileSystem) for file in files)
 
     @property
     def given_splits(self) -> tuple[str, ...]:
@@ -86,24 +107,38 @@ class Source:
 
     @cached_property
     def sample(self) -> pa.Table:
-        """The first rows, to look at. Raises DataError when there are none."""
-        first = next((batch.table for batch in self.batches() if batch.table.num_rows), None)
-        if first is None:
-            raise DataError(f"{self.files[0].name} has no rows", "it needs rows below the column names")
-        return first
+        """The first thousand rows or so, to look at. Raises DataError when there are none that can be read."""
+        parts: list[pa.Table] = []
+        bad: list[tuple[str, BadRow]] = []
+        for batch in self.batches():
+            bad += [(batch.file, row) for row in batch.bad]
+            parts += [batch.table] if batch.table.num_rows else []
+            if sum(part.num_rows for part in parts) >= _SAMPLE_ROWS:
+                break
+        if parts:
+            return pa.concat_tables(parts)
+        if bad:
+            file, row = bad[0]
+            raise DataError(f"{file} has no row that can be read: line {row.line} {row.reason}", "see that line first")
+        raise DataError(f"{self.files[0].name} has no rows", "it needs rows below the column names")
 
     def batches(self) -> Iterator[SourceBatch]:
-        """All rows in a fixed order, ``data.batch_rows`` at most at a time."""
-        batches = self._image_batches() if self.is_image_folder else self._table_batches()
-        return batches if self.data.max_rows is None else _first_rows(batches, self.data.max_rows)
-
-    def _table_batches(self) -> Iterator[SourceBatch]:
+        """All rows in a fixed order, ``data.batch_rows`` at most at a time; of each given split ``max_rows`` at most."""
+        if self.is_image_folder:
+            yield from self._image_batches()
+            return
         columns: list[str] | None = None
-        for file in self.files:
-            for batch in self._read(file):
-                if columns is None and batch.table.num_columns:
-                    columns = batch.table.column_names
-                yield SourceBatch(file.name, file.split, _aligned(batch.table, columns, file.name), batch.bad)
+        for _, files in itertools.groupby(self.files, lambda file: file.split):
+            left = self.data.max_rows
+            for file in files:
+                for batch in self._read(file):
+                    if left is not None and left <= 0:
+                        break
+                    if columns is None and batch.table.num_columns:
+                        columns = batch.table.column_names
+                    table = _aligned(batch.table, columns, file.name).slice(0, left)
+                    left = None if left is None else left - table.num_rows
+                    yield SourceBatch(file.name, file.split, table, batch.bad)
 
     def _read(self, file: SourceFile) -> Iterator[RowBatch]:
         if not file.size_bytes:
@@ -119,7 +154,12 @@ class Source:
         )  # fmt: skip
         if _suffix(file.name) == ".parquet":
             table = Table(file.name, lambda: file.filesystem.open_input_file(file.path), "", self.data.batch_rows)
-        return READERS[_suffix(file.name)](table)
+        try:
+            yield from READERS[_suffix(file.name)](table)
+        except (OSError, EOFError) as error:  # a cut off .gz, a network that fails
+            raise DataError(
+                f"{file.name} cannot be read to its end ({_reason(error)})", "is the file whole? copy it again"
+            ) from None
 
     def _image_batches(self) -> Iterator[SourceBatch]:
         for start in range(0, len(self.files), self.data.batch_rows):
@@ -132,48 +172,80 @@ class Source:
                 })  # fmt: skip
                 yield SourceBatch("", split, table)
 
-    def read_images(self, names: Sequence[str], table_file: str = "") -> list[bytes | str]:
-        """The content of each image, or the reason why it cannot be read; read side by side.
+    def read_image(self, name: str, table_file: str = "") -> bytes | str:
+        """The content of an image file, or the reason why it cannot be read.
 
-        ``names``: of image files, relative to the folder of the table they were named in.
+        ``name``: as the rows give it; in a table, relative to the folder of the table ``table_file`` or absolute.
         """
-        return list(self._readers.map(lambda name: self._read_image(name, table_file), names))
-
-    def _read_image(self, name: str, table_file: str) -> bytes | str:
-        file = self._by_name.get(name) if self.is_image_folder else None
         try:
-            if file is not None:
-                with file.filesystem.open_input_stream(file.path) as stream:
-                    return bytes(stream.read())
-            owner = self._by_name[table_file]
-            folder = owner.path.rpartition("/")[0]
-            path = name if name.startswith("/") else f"{folder}/{name}"
-            with owner.filesystem.open_input_stream(path) as stream:
+            filesystem, path = self._place(name, table_file)
+            if isinstance(filesystem, fs.LocalFileSystem):  # a third of the time that pyarrow's stream takes
+                return Path(path).read_bytes()
+            with filesystem.open_input_stream(path) as stream:
                 return bytes(stream.read())
-        except OSError as error:
-            return f"cannot be opened ({str(error).splitlines()[0]})"
+        except (OSError, ValueError) as error:
+            return f"cannot be opened ({_reason(error)})"
+
+    def _place(self, name: str, table_file: str) -> tuple[fs.FileSystem, str]:
+        if self.is_image_folder:
+            file = self._by_name[name]
+            return file.filesystem, file.path
+        owner = self._by_name[table_file]
+        folder = owner.path.rpartition("/")[0]
+        return owner.filesystem, name if name.startswith("/") else f"{folder}/{name}"
 
     @cached_property
     def _by_name(self) -> dict[str, SourceFile]:
         return {file.name: file for file in self.files}
 
     @cached_property
-    def _readers(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
+    def threads(self) -> ThreadPoolExecutor:
+        """For whatever is done file by file."""
+        number = os.cpu_count() or 1 if self.is_local else _REMOTE_READERS
+        return ThreadPoolExecutor(number, thread_name_prefix="read")
 
-    def fingerprint(self, storage: Storage) -> str:
-        """SHA-256 over names and contents. Files whose size and time of change are known are not read again."""
-        facts = [[f.path, f.size_bytes, f.modified_ns, f.split] for f in self.files]
-        signature = sha256_json([facts, str(self.files[0].filesystem.type_name)])
+    def fingerprint(self, storage: Storage, image_column: str | None = None) -> str:
+        """SHA-256 over names and contents, those of the images that a table's ``image_column`` names included.
+
+        Files whose size and time of change are known are not read again.
+        """
+        facts = [_Facts.of_file(file) for file in self.files]
+        if image_column is not None and not self.is_image_folder:
+            facts += [fact for batch in self.batches() for fact in self._named_images(batch, image_column)]
+        signature = sha256_json([[f.path, f.size_bytes, f.modified_ns, f.split] for f in facts])
         known = storage.read_json(FINGERPRINTS) or {}
         if signature not in known:
-            contents = self._readers.map(_sha256, self.files)
-            known[signature] = sha256_json([[f.name, f.split, d] for f, d in zip(self.files, contents, strict=True)])
+            contents = self.threads.map(_sha256, facts)
+            known[signature] = sha256_json([[f.name, f.split, d] for f, d in zip(facts, contents, strict=True)])
             storage.write_json(FINGERPRINTS, known)
         return str(known[signature])
 
+    def _named_images(self, batch: SourceBatch, column: str) -> Iterator[_Facts]:
+        places = {name: self._place(name, batch.file) for name in batch.table[column].to_pylist() if name}
+        if not places:
+            return
+        filesystem = next(iter(places.values()))[0]
+        for name, info in zip(places, filesystem.get_file_info([path for _, path in places.values()]), strict=True):
+            yield _Facts(name, info.path, None, info.size or 0, info.mtime_ns or 0, filesystem)
 
-def _find(source: str, split: str | None) -> list[SourceFile]:
+
+@dataclass(frozen=True)
+class _Facts:
+    """What tells a file from its earlier self without reading it."""
+
+    name: str
+    path: str
+    split: str | None
+    size_bytes: int
+    modified_ns: int
+    filesystem: fs.FileSystem
+
+    @classmethod
+    def of_file(cls, file: SourceFile) -> _Facts:
+        return cls(file.name, file.path, file.split, file.size_bytes, file.modified_ns, file.filesystem)
+
+
+def _find(source: str, split: str | None) -> list[SourceFile | Skipped]:
     filesystem, path = _filesystem(source)
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.NotFound:
@@ -184,21 +256,24 @@ def _find(source: str, split: str | None) -> list[SourceFile]:
         return [_file(info, info.base_name, split, None, filesystem)]
     found = [i for i in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if i.type == fs.FileType.File]
     files = [_in_folder(i, path.rstrip("/"), split, filesystem) for i in sorted(found, key=lambda i: i.path)]
-    usable = [file for file in files if file is not None]
-    if not usable:
+    if not any(isinstance(file, SourceFile) for file in files):
         raise DataError(
             f"the folder {source} holds no table and no image", f"known are {', '.join(READERS)} and images"
         )
-    return usable
+    return [file for file in files if file is not None]
 
 
-def _in_folder(info: fs.FileInfo, root: str, split: str | None, filesystem: fs.FileSystem) -> SourceFile | None:
-    """A file of a folder source; None for hidden and foreign ones. Class and split are the names of its folders."""
+def _in_folder(
+    info: fs.FileInfo, root: str, split: str | None, filesystem: fs.FileSystem
+) -> SourceFile | Skipped | None:
+    """A file of a folder source; None for hidden ones. Class and split are the names of its folders."""
     name = info.path[len(root) :].lstrip("/")
     parts = name.split("/")
     kind = _kind(name)
-    if kind is None or any(part.startswith((".", "_")) for part in parts):
-        return None
+    if any(part.startswith(".") for part in parts) or parts[-1].startswith("_"):
+        return None  # hidden files, and the marks that Spark and others leave beside their tables
+    if kind is None:
+        return Skipped(name, "is not a kind of file that can be read")
     if kind != "image":
         return _file(info, name, split, None, filesystem)
     folders = parts[:-1]
@@ -214,8 +289,6 @@ def _file(info: fs.FileInfo, name: str, split: str | None, label: str | None, fi
 
 
 def _filesystem(source: str) -> tuple[fs.FileSystem, str]:
-    from pathlib import Path
-
     try:
         if "://" in source:
             found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(source)
@@ -249,24 +322,29 @@ def _aligned(table: pa.Table, columns: list[str] | None, name: str) -> pa.Table:
     return pa.table({c: table[c] if c in table.column_names else missing for c in columns})
 
 
-def _spread(files: Sequence[SourceFile], limit: int) -> tuple[SourceFile, ...]:
-    """At most ``limit`` files, evenly spaced."""
-    if len(files) <= limit:
+def _some_of_each(files: Sequence[SourceFile], limit: int | None) -> tuple[SourceFile, ...]:
+    """At most ``limit`` files of each given split, evenly spaced: images lie class by class."""
+    if limit is None:
         return tuple(files)
-    return tuple(files[number * len(files) // limit] for number in range(limit))
+    parts = [[file for file in files if file.split == split] for split in dict.fromkeys(f.split for f in files)]
+    return tuple(
+        part[number * len(part) // min(limit, len(part))] for part in parts for number in range(min(limit, len(part)))
+    )
 
 
-def _first_rows(batches: Iterator[SourceBatch], limit: int) -> Iterator[SourceBatch]:
-    for batch in batches:
-        if limit <= 0:
-            return
-        yield SourceBatch(batch.file, batch.split, batch.table.slice(0, limit), batch.bad)
-        limit -= batch.table.num_rows
-
-
-def _sha256(file: SourceFile) -> str:
+def _sha256(file: _Facts) -> str | None:
+    """Hash of the content; None when there is no such file, which prepare will say."""
     digest: Any = hashlib.sha256()
-    with file.filesystem.open_input_stream(file.path) as stream:
-        while chunk := stream.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
+    try:
+        with file.filesystem.open_input_stream(file.path) as stream:
+            while chunk := stream.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError:
+        return None
     return str(digest.hexdigest())
+
+
+def _reason(error: Exception) -> str:
+    """A system error's words without its number and path."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (words or type(error).__name__).splitlines()[0]

@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from orchestrator.errors import DataError
 
 _EXCERPT_CHARACTERS = 200
 _MAX_FIELD_CHARACTERS = 50_000_000
+_OTHER_DELIMITERS = (";", "\t", "|", ",")
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 
@@ -60,17 +62,29 @@ class Table:
 def read_delimited(table: Table, delimiter: str) -> Iterator[RowBatch]:
     """CSV and TSV by RFC 4180: quoted fields may hold line breaks; rows of another width are bad rows.
 
+    A first line without the delimiter but with a semicolon, tab or bar is taken to be separated by that.
+
     Raises DataError for an empty file, a repeated column name, a quote that is never closed.
     """
     csv.field_size_limit(min(_MAX_FIELD_CHARACTERS, sys.maxsize))
     with _text(table) as text:
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        reader = csv.reader(text, delimiter=_delimiter(table, delimiter), strict=True)
         header = _header(reader, table.name)
         rows = _parsed(reader, len(header), table.name)
         for part in _in_batches(rows, table.batch_rows):
             good = [row for row in part if isinstance(row, list)]
             columns = [pa.array([row[i] or None for row in good], pa.string()) for i in range(len(header))]
             yield RowBatch(pa.table(columns, names=header), tuple(row for row in part if isinstance(row, BadRow)))
+
+
+def _delimiter(table: Table, usual: str) -> str:
+    try:
+        with _text(table) as text:
+            first = text.readline(_MAX_FIELD_CHARACTERS)
+    except UnicodeError:
+        return usual  # the reading itself will say where
+    names = re.sub(r'"[^"]*"', "", first)
+    return usual if usual in names else max((usual, *_OTHER_DELIMITERS), key=names.count)
 
 
 def _header(reader: Any, name: str) -> list[str]:
@@ -104,7 +118,8 @@ def _parsed(reader: Any, width: int, name: str) -> Iterator[list[str] | BadRow]:
             continue
         except UnicodeError as error:
             raise DataError(
-                f"{name}: line {line} is not in the expected encoding ({error})", "set data.encoding"
+                f"{name}: there are bytes soon after line {line} that are not in the expected encoding ({error})",
+                "set data.encoding to the file's own",
             ) from None
         if row is None:
             return
@@ -140,7 +155,12 @@ def _objects(text: Iterable[str]) -> Iterator[dict[str, Any] | BadRow]:
         except (ValueError, RecursionError) as error:
             yield BadRow(line, f"not valid JSON ({error})", _excerpt([raw]))
             continue
-        yield value if isinstance(value, dict) else BadRow(line, "not a JSON object", _excerpt([raw]))
+        if not isinstance(value, dict):
+            yield BadRow(line, "not a JSON object", _excerpt([raw]))
+        elif "\\ud" in raw and not _is_decodable([json.dumps(value, ensure_ascii=False)]):
+            yield BadRow(line, "holds half of a character (a lone surrogate)", _excerpt([raw]))
+        else:
+            yield value
 
 
 def _as_text(value: Any) -> str | None:
@@ -164,6 +184,8 @@ def read_parquet(table: Table) -> Iterator[RowBatch]:
 def _string_column(column: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if pa.types.is_floating(column.type):  # pandas writes what is missing as NaN
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     try:
         text = pc.cast(column, pa.string())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):

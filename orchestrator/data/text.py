@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -68,8 +69,10 @@ class TextEncoder:
         rows = [encoding.ids for encoding in encodings]
         offsets = np.zeros(len(rows) + 1, np.int32)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
-        flat = np.fromiter((token for row in rows for token in row), np.int32, count=int(offsets[-1]))
-        return Encoded({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))})
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, count=int(offsets[-1]))
+        full = [len(row) >= self.max_tokens for row in rows]
+        truncated = np.array([f and bool(e.overflowing) for f, e in zip(full, encodings, strict=True)], bool)
+        return Encoded({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))}, truncated=truncated)
 
     def lengths(self, table: pa.Table) -> np.ndarray:
         return np.asarray(pc.list_value_length(table["input_ids"]).to_numpy(), np.int64)
@@ -85,11 +88,15 @@ class TextEncoder:
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
     def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "max_tokens": self.max_tokens, "tokenizer_sha256": self._rules_sha256}
+
+    @cached_property
+    def _rules_sha256(self) -> str:
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         rules = {
             name: backend[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
         }
-        return {"kind": self.kind, "max_tokens": self.max_tokens, "tokenizer_sha256": sha256_json(rules)}
+        return sha256_json(rules)
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)

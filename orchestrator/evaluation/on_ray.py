@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from orchestrator.data.batches import evaluation_batches
-from orchestrator.data.dataset import open_split
+from orchestrator.data.dataset import RowReader, open_split
 from orchestrator.models.checkpoint import load_model
 from orchestrator.progress import Event, Report
 from orchestrator.storage import Storage
@@ -73,7 +73,8 @@ def _predict_share(job: PredictJob, rank: int, world: int, threads: int) -> list
     model = load_model(storage.fetch(job.model), device=job.device)
     table = open_split(storage.fetch(job.dataset, verify=False), job.split)
     shares = evaluation_batches(model.encoder.lengths(table), job.batch_size, rank, world)
-    return [(rows, model.probabilities(table.take(rows))) for rows in shares]
+    reader = RowReader(table, model.encoder.columns())
+    return [(rows, model.probabilities(reader.take(rows))) for rows in shares]
 
 
 def _measure(job: PredictJob, threads: int) -> Cost:

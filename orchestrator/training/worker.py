@@ -18,7 +18,7 @@ from torch import distributed, nn
 
 from orchestrator.data.augment import augment
 from orchestrator.data.batches import evaluation_batches, plan_epoch, share
-from orchestrator.data.dataset import labels_of, open_split
+from orchestrator.data.dataset import RowReader, labels_of, open_split
 from orchestrator.data.encoders import load_encoder
 from orchestrator.data.images import ImageEncoder
 from orchestrator.evaluation.metrics import summary
@@ -78,9 +78,10 @@ class _Worker:
     def _load_data(self) -> None:
         folder = self.storage.fetch(self.job.dataset, verify=self.leads)
         self.encoder = load_encoder(folder / "encoder")
-        self.train, self.validation = open_split(folder, "train"), open_split(folder, "validation")
-        self.train_labels, self.validation_labels = labels_of(self.train), labels_of(self.validation)
-        self.train_lengths = self.encoder.lengths(self.train)
+        train, validation = open_split(folder, "train"), open_split(folder, "validation")
+        self.train, self.validation = (RowReader(t, self.encoder.columns()) for t in (train, validation))
+        self.train_labels, self.validation_labels = labels_of(train), labels_of(validation)
+        self.train_lengths, self.validation_lengths = self.encoder.lengths(train), self.encoder.lengths(validation)
         self.class_weights = class_weights(self.settings.class_weights, self.train_labels, self.job.labels)
 
     def _build(self, recipe: Recipe) -> None:
@@ -213,11 +214,10 @@ class _Worker:
         return bool(stopping) and position.epoch - position.best_epoch >= (stopping.patience_epochs if stopping else 0)
 
     def _validate(self) -> dict[str, float]:
-        lengths = self.encoder.lengths(self.validation)
         size = self.job.recipe.evaluation.batch_size
-        shares = evaluation_batches(lengths, size, self.compute.rank, self.compute.world)
+        shares = evaluation_batches(self.validation_lengths, size, self.compute.rank, self.compute.world)
         batches = ((rows, self._inputs(self.validation.take(rows))) for rows in shares)
-        probabilities = predict(self.network, batches, self.validation.num_rows, self.compute)
+        probabilities = predict(self.network, batches, len(self.validation_labels), self.compute)
         return summary(self.validation_labels, probabilities)
 
     def _save_best(self) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -149,3 +150,30 @@ def test_gzip_is_unpacked(tmp_path: Path) -> None:
 def test_batches_are_as_small_as_the_recipe_says(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text,label\n" + "".join(f"t{i},x\n" for i in range(25)))
     assert [batch.table.num_rows for batch in source_of(path, batch_rows=10).batches()] == [10, 10, 5]
+
+
+def test_semicolons_and_bars_are_understood(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'text;label\n"a; b";x\n')
+    assert rows_of(source_of(path)) == [{"text": "a; b", "label": "x"}]
+    path = write(tmp_path / "b.csv", '"a, b"|label\nc|x\n')
+    assert rows_of(source_of(path)) == [{"a, b": "c", "label": "x"}]
+
+
+def test_half_a_character_in_json_is_a_bad_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "fine \\ud83d\\ude00"}\n{"text": "\\ud800 x"}\n')
+    (batch,) = source_of(path).batches()
+    assert batch.table.num_rows == 1
+    assert [(bad.line, bad.reason) for bad in batch.bad] == [(2, "holds half of a character (a lone surrogate)")]
+
+
+def test_a_cut_off_gzip_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    lines = "".join(f"tea number {random.random()},x\n" for _ in range(20_000))
+    path.write_bytes(gzip.compress(("text,label\n" + lines).encode())[:90_000])
+    with pytest.raises(DataError, match=r"a\.csv\.gz cannot be read to its end"):
+        rows_of(source_of(path))
+
+
+def test_a_missing_number_in_parquet_is_no_label(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"label": [1.0, float("nan")]}), tmp_path / "a.parquet")
+    assert rows_of(source_of(tmp_path / "a.parquet")) == [{"label": "1"}, {"label": None}]

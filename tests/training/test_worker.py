@@ -32,7 +32,7 @@ def job(reviews_csv: Path, tiny_backbone: Path, tmp_path: Path) -> TrainJob:
 def prepared(recipe: Recipe) -> TrainJob:
     storage, source, task = Storage(recipe.storage), open_source(recipe.data), TASKS[recipe.task]
     encoder = task.encoder(recipe.model, ())
-    dataset = prepare(recipe, encoder, source, storage, content_key(recipe, encoder, source.fingerprint(storage)))
+    dataset = prepare(recipe, encoder, source, storage, content_key(recipe, encoder, source, storage))
     return TrainJob(recipe, "train/r", dataset.location, dataset.labels)
 
 
