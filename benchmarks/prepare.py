@@ -28,7 +28,6 @@ from orchestrator.data.images import ImageEncoder
 from orchestrator.data.prepare import content_key, prepare
 from orchestrator.data.sources import open_source
 from orchestrator.data.text import TextEncoder
-from orchestrator.progress import Event
 from orchestrator.recipe import Recipe
 from orchestrator.storage import Storage
 
@@ -43,21 +42,13 @@ Contender = Callable[[Path], dict[str, float]]
 
 
 def prepare_once(recipe: Recipe, encoder: Encoder) -> Contender:
-    """``whole``: from opening the source to the published folder. ``pass 2``: reading again, encoding, writing, publishing."""
+    """From opening the source, through hashing, encoding, splitting and writing, to the published folder."""
 
     def run(folder: Path) -> dict[str, float]:
-        marks: list[float] = []
-
-        def report(event: Event) -> None:
-            if event.figures.get("pass") == "1/2":
-                marks.append(time.perf_counter())
-
         started = time.perf_counter()
         source, storage = open_source(recipe.data), Storage(str(folder))
-        key = content_key(recipe, encoder, source, storage)
-        prepare(recipe, encoder, source, storage, key, report)
-        ended = time.perf_counter()
-        return {"whole": ended - started, "pass 2": ended - marks[-1]}
+        prepare(recipe, encoder, source, storage, content_key(recipe, encoder, source, storage))
+        return {"prepare": time.perf_counter() - started}
 
     return run
 
@@ -195,8 +186,7 @@ def measure(
             seconds.append(one)
     rates = {name: rows / statistics.median(one[name] for one in seconds) for name in seconds[0]}
     ratios = {
-        f"{ours} / {theirs}": statistics.median(one[theirs] / one[ours] for one in seconds)
-        for ours in ("pass 2", "whole")
+        f"prepare / {theirs}": statistics.median(one[theirs] / one["prepare"] for one in seconds)
         for theirs in ("bare", "datasets.map")
     }
     return rates, ratios

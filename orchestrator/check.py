@@ -69,13 +69,13 @@ def _workers(pipeline: Pipeline) -> int:
 
 def _measure(pipeline: Pipeline, dataset: DatasetRecord, network: torch.nn.Module) -> float:
     """Seconds per optimiser step with all cores of this machine, on rows of typical length."""
-    from orchestrator.data.dataset import open_split
+    from orchestrator.data.dataset import Split
 
-    table = open_split(pipeline.storage.fetch(dataset.location, verify=False), "train")
+    split = Split(pipeline.storage.fetch(dataset.location, verify=False), "train")
     encoder = pipeline.encoder_for(pipeline.recipe)
-    lengths = encoder.lengths(table)
+    lengths = split.lengths(encoder)
     middle = np.argsort(lengths)[len(lengths) // 2 :][: pipeline.recipe.training.batch_size]
-    inputs = encoder.collate(table.take(middle))
+    inputs = encoder.collate(split.inputs(middle))
     network.train()
     times = []
     for _ in range(_MEASURED_STEPS + 1):  # the first warms up

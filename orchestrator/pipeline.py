@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 import orchestrator
-from orchestrator.data.dataset import labels_of, open_split
+from orchestrator.data.dataset import SLICE, Split
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.prepare import content_key
 from orchestrator.data.prepare import prepare as prepare_dataset
@@ -207,21 +207,21 @@ class Pipeline:
         started = time.monotonic()
         self.report(Event("evaluate", message=f"{dataset.splits['test'].rows} test rows"))
         probabilities, cost = self._predict_test(model.model_location, dataset, with_cost=True)
-        table = open_split(self.storage.fetch(dataset.location, verify=False), "test")
-        labels, settings = labels_of(table), self.recipe.evaluation
+        split = Split(self.storage.fetch(dataset.location, verify=False), "test")
+        labels, settings = split.labels, self.recipe.evaluation
         scores = evaluate_predictions(labels, probabilities, dataset.labels, samples=settings.bootstrap_samples,
                                       confidence=settings.confidence, seed=self.recipe.seed)  # fmt: skip
         location = stage_location("evaluate", self.recipe.name, key)
         record = EvaluationRecord(
             name=self.recipe.name, key=key, location=location, model=model.key, dataset=dataset.key, rows=len(labels),
             metrics=scores.metrics, per_class=scores.per_class, confusion=scores.confusion,
-            slices={c: slice_scores(labels, probabilities, table[f"slice:{c}"].to_pylist()) for c in dataset.slices},
+            slices={c: slice_scores(labels, probabilities, split.column(f"{SLICE}{c}").to_pylist()) for c in dataset.slices},
             latency_ms_p50=cost.latency_ms_p50, latency_ms_p95=cost.latency_ms_p95,
             throughput_per_s=cost.throughput_per_s, size_bytes=model.size_bytes, report=f"{location}/{REPORT}",
             predictions=f"{location}/{PREDICTIONS}", seconds=time.monotonic() - started,
         )  # fmt: skip
         with self.storage.publish(location) as folder:
-            write_predictions(folder / PREDICTIONS, table, probabilities, dataset.labels)
+            write_predictions(folder / PREDICTIONS, split, probabilities, dataset.labels)
             self._write_report(folder / REPORT, record, model, dataset, probabilities)
             (folder / RECIPE).write_text(to_yaml(self.recipe), encoding="utf-8")
             (folder / RECORD).write_text(record.model_dump_json(indent=2), encoding="utf-8")
@@ -250,8 +250,8 @@ class Pipeline:
         from orchestrator.evaluation.report import TestRows, write_report
         from orchestrator.training.metrics_log import read_metrics
 
-        table = open_split(self.storage.fetch(dataset.location, verify=False), "test")
-        rows = TestRows(labels_of(table), probabilities, table["raw"].to_pylist(), pictures_of(table, dataset))
+        split = Split(self.storage.fetch(dataset.location, verify=False), "test")
+        rows = TestRows(split.labels, probabilities, split.column("raw").to_pylist(), pictures_of(split, dataset))
         steps = [
             (m["step"], m["loss"]) for m in read_metrics(self.storage.path(model.location)) if m["kind"] == "train"
         ]
@@ -305,8 +305,8 @@ class Pipeline:
         recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
         encoded_for_it = self.prepare(recipe.model)
         probabilities, _ = self._predict_test(f"{champion.location}/{MODEL}", encoded_for_it, with_cost=False)
-        table = open_split(self.storage.fetch(encoded_for_it.location, verify=False), "test")
-        return Answers(table["row"].to_numpy(), labels_of(table), probabilities.argmax(axis=1))
+        split = Split(self.storage.fetch(encoded_for_it.location, verify=False), "test")
+        return Answers(split.column("row").to_numpy(), split.labels, probabilities.argmax(axis=1))
 
     # --------------------------------------------------------------------------------------------------------- serve
 

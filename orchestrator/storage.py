@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ MANIFEST = "manifest.json"
 RECORD = "record.json"
 RECIPE = "recipe.yaml"
 QUARANTINE = "quarantine.jsonl"
-SPOOL = "spool.arrow"
+ROWS = "rows.arrow"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
@@ -222,6 +223,11 @@ def atomic_write(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside the folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -243,11 +249,13 @@ def sha256_json(value: Any) -> str:
 
 def write_manifest(folder: Path) -> str:
     """List every file of the folder with size and SHA-256, flushed to disk; returns the manifest's own SHA-256."""
-    files = {}
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        files[file.relative_to(folder).as_posix()] = {"size_bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    paths = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
+    with ThreadPoolExecutor(2) as threads:  # the disk is busy with one while the processor hashes the other
+        synced, hashes = threads.map(_sync_file, paths), threads.map(sha256_file, paths)
+        files = {
+            path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": sha256}
+            for path, sha256, _ in zip(paths, hashes, synced, strict=True)
+        }
     content = json.dumps({"format": 1, "files": files}, indent=2).encode()
     atomic_write(folder / MANIFEST, content)
     return hashlib.sha256(content).hexdigest()

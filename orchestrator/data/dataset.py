@@ -1,90 +1,96 @@
-"""Prepared splits, memory-mapped: opening one reads nothing, taking rows reads just those."""
+"""A prepared dataset on disk: all encoded rows in one memory-mapped file, and each split as positions in it.
+
+Opening reads nothing, taking rows reads just those. Rows that were set aside may lie in the file, but no split points at
+them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
 
+from orchestrator.data.encoder import Encoder
 from orchestrator.errors import IntegrityError
-from orchestrator.storage import split_file
+from orchestrator.storage import ROWS, split_file
 
-_CHUNK_BYTES = 64 << 20
-"""Rows are written in chunks of about this size: what fits into one is taken from at full speed."""
-
-
-def open_split(folder: Path, split: str) -> pa.Table:
-    """A split of a prepared dataset. Raises IntegrityError when its file is missing or not Arrow."""
-    path = folder / split_file(split)
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise IntegrityError(f"{path} is not a prepared split ({error})", "run prepare again") from None
+SLICE = "slice:"
+"""Prefix of the columns that metrics are sliced by."""
 
 
-def labels_of(table: pa.Table) -> np.ndarray:
-    """int32 [rows]: each row's index into the dataset's labels."""
-    labels: np.ndarray = table["label"].to_numpy()
-    return labels
+def row_columns(slices: Sequence[str], encoder: Encoder) -> pa.Schema:
+    """What is kept of a row: its number in the source, the input as it came, the slices, and the network's inputs."""
+    kept = [pa.field(f"{SLICE}{name}", pa.string()) for name in slices]
+    return pa.schema([("row", pa.int64()), ("raw", pa.string()), *kept, *encoder.columns()])
 
 
-class RowReader:
-    """Takes rows of a split in any order at a cost that does not grow with the split.
+def write_split(folder: Path, split: str, positions: np.ndarray, labels: np.ndarray) -> None:
+    """``positions``: int64, which rows of the rows' file; ``labels``: int32, their indices into the dataset's labels."""
+    table = pa.table({"position": pa.array(positions, pa.int64()), "label": pa.array(labels, pa.int32())})
+    with pa.OSFile(str(folder / split_file(split)), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
-    ``Table.take`` joins all chunks of a column before it takes the first row.
-    """
 
-    def __init__(self, table: pa.Table, columns: Sequence[pa.Field] | None = None) -> None:
-        """``columns``: only these are taken; None: all."""
-        self._chunks = (table if columns is None else table.select([field.name for field in columns])).to_batches()
+def column_at(folder: Path, name: str, positions: np.ndarray) -> list[str]:
+    """A column's values at these positions of the rows' file."""
+    values: list[str] = _Chunks(_open(folder / ROWS).select([name])).take(positions)[name].to_pylist()
+    return values
+
+
+class Split:
+    """One split of a prepared dataset. Rows are numbered from 0 within the split."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Raises IntegrityError when a file is missing or not Arrow."""
+        index = _open(folder / split_file(split)).combine_chunks()
+        self._table = _open(folder / ROWS)
+        self._positions: np.ndarray = index["position"].to_numpy()
+        self.labels: np.ndarray = index["label"].to_numpy()
+        """int32 [rows]: each row's index into the dataset's labels"""
+        names = [n for n in self._table.column_names if n not in ("row", "raw") and not n.startswith(SLICE)]
+        self._inputs = _Chunks(self._table.select(names))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def lengths(self, encoder: Encoder) -> np.ndarray:
+        """int64 [rows]: what each costs the network, in tokens; ones for images."""
+        lengths: np.ndarray = encoder.lengths(self._table)[self._positions]
+        return lengths
+
+    def inputs(self, rows: np.ndarray) -> pa.Table:
+        """The network's input columns of these rows, in this order."""
+        return self._inputs.take(self._positions[rows])
+
+    def column(self, name: str, rows: np.ndarray | None = None) -> pa.ChunkedArray:
+        """``row``, ``raw`` or a slice's column, of these rows or of all."""
+        positions = self._positions if rows is None else self._positions[rows]
+        return _Chunks(self._table.select([name])).take(positions)[name]
+
+
+class _Chunks:
+    """Takes rows in any order at a cost that does not grow with the table: ``Table.take`` joins all chunks first."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._chunks = table.to_batches()
         self._ends = np.cumsum([chunk.num_rows for chunk in self._chunks])
 
     def take(self, rows: np.ndarray) -> pa.Table:
-        """These rows, in this order."""
         chunk_of_row = np.searchsorted(self._ends, rows, side="right")
         order = np.argsort(chunk_of_row, kind="stable")
-        parts = []
-        for chunk in np.unique(chunk_of_row):
-            offset = self._ends[chunk] - self._chunks[chunk].num_rows
-            parts.append(self._chunks[chunk].take(pa.array(rows[order][chunk_of_row[order] == chunk] - offset)))
-        if len(parts) < 2:
-            return pa.Table.from_batches(parts or [self._chunks[0].slice(0, 0)])
-        return pa.Table.from_batches(parts).combine_chunks().take(pa.array(np.argsort(order)))
+        chunks, starts = np.unique(chunk_of_row[order], return_index=True)
+        parts = [self._chunks[0].slice(0, 0)]
+        for chunk, mine in zip(chunks, np.split(rows[order], starts[1:]), strict=bool(len(rows))):
+            first = self._ends[chunk] - self._chunks[chunk].num_rows
+            parts.append(self._chunks[chunk].take(pa.array(mine - first)))
+        taken = pa.Table.from_batches(parts).combine_chunks()
+        return taken if len(chunks) < 2 else taken.take(pa.array(np.argsort(order)))
 
 
-class SplitWriter:
-    """Writes one split's file, chunk by chunk. A context manager: leaving it closes the file."""
-
-    def __init__(self, folder: Path, split: str, schema: pa.Schema) -> None:
-        self._sink = pa.OSFile(str(folder / split_file(split)), "wb")
-        self._writer = pa.ipc.new_file(self._sink, schema)
-        self._waiting: list[pa.Table] = []
-        self._waiting_bytes = 0
-
-    def write(self, table: pa.Table) -> None:
-        self._waiting.append(table)
-        self._waiting_bytes += table.nbytes
-        if self._waiting_bytes >= _CHUNK_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting).combine_chunks())
-        self._waiting, self._waiting_bytes = [], 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._flush()
-            self._writer.close()
-        finally:
-            self._sink.close()
+def _open(path: Path) -> pa.Table:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise IntegrityError(f"{path} is not a prepared file ({error})", "run prepare again") from None

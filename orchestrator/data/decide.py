@@ -6,6 +6,7 @@ or images.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from dataclasses import dataclass
 
@@ -46,6 +47,8 @@ class Facts:
         self._times = _Times()
         self._vocabulary: dict[str, int] = {}
         self._parts: dict[str, list[np.ndarray]] = {}
+        self._starts: list[int] = []
+        self._origins: list[tuple[str, str | None]] = []
 
     def add(self, rows: Rows, tokens: np.ndarray) -> None:
         """``tokens``: int64, of each kept row."""
@@ -68,6 +71,10 @@ class Facts:
         }
         for name, values in facts.items():
             self._parts.setdefault(name, []).append(values)
+        origin = (batch.file, batch.split)
+        if not self._origins or self._origins[-1] != origin:
+            self._starts.append(self.rows)
+            self._origins.append(origin)
         self.rows += number
 
     def _note_bad(self, rows: Rows) -> None:
@@ -92,6 +99,10 @@ class Facts:
     def column(self, name: str) -> np.ndarray:
         """One fact of all rows: hash, verdict, label, given, by, tokens or truncated."""
         return np.concatenate(self._parts[name])
+
+    def origin(self, row: int) -> tuple[str, str | None]:
+        """File (empty for image folders) and given split that a row came from."""
+        return self._origins[bisect.bisect_right(self._starts, row) - 1]
 
     def check(self) -> None:
         """Raises DataError when hardly anything could be read: then it is the file that is wrong, not some rows."""

@@ -1,16 +1,17 @@
 """Reading and encoding, batch by batch: each input is read once, hashed, and tokenised or decoded.
 
-In: a source and an encoder. Out: ``Rows`` in the source's order, in bounded memory. Three threads work at a time: one reads
-the next batch, one encodes this one (tokenizer and Pillow use all cores below it), the caller writes the one before.
+In: a source and an encoder. Out: ``Rows`` in the source's order, in bounded memory. While the caller writes one batch and
+reads another, two more are being encoded, so that tokenizer and decoder always have work for all cores.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +25,12 @@ from orchestrator.data.sources import Source, SourceBatch
 
 _IMAGES_AT_ONCE = 64
 """Image files can be large: of a batch of rows, this many are in memory as files and pixels."""
-_END: Any = object()
+_IMAGES_PER_TASK = 8
+"""A task costs as much as a small image."""
+_AT_ONCE = 2
+"""Batches that are encoded at the same time."""
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ class Intake:
         batches = self.source.batches()
         if self.schema.kind == "image":
             batches = itertools.chain.from_iterable(map(_pieces, batches))
-        with ThreadPoolExecutor(1, "read-table") as reader, ThreadPoolExecutor(1, "encode") as encoder:
-            yield from _ahead(map(self.take_in, _ahead(batches, reader)), encoder)
+        with ThreadPoolExecutor(_AT_ONCE, "encode") as threads:
+            yield from _map_ahead(self.take_in, batches, threads)
 
     def take_in(self, batch: SourceBatch) -> Rows:
         """Hash and encode the rows that have all they need. Never raises for one bad row."""
@@ -87,14 +92,17 @@ class Intake:
         encoder = cast(ImageEncoder, self.encoder)
 
         def read(name: str) -> tuple[bytes, bytes | str]:
-            """One task does all there is to do for a file: tasks cost more than small images."""
             content = self.source.read_image(name, file)
             if isinstance(content, str):
                 return bytes(HASH.itemsize), content
             return digest(content), encoder.decode(content)
 
-        read_files = list(self.source.threads.map(read, inputs))
-        return [found for found, _ in read_files], encoder.pack([pixels for _, pixels in read_files])
+        def read_some(names: list[str]) -> list[tuple[bytes, bytes | str]]:
+            return [read(name) for name in names]
+
+        parts = [inputs[start : start + _IMAGES_PER_TASK] for start in range(0, len(inputs), _IMAGES_PER_TASK)]
+        found = list(itertools.chain.from_iterable(self.source.threads.map(read_some, parts)))
+        return [hashed for hashed, _ in found], encoder.pack([pixels for _, pixels in found])
 
 
 def _filled(column: pa.ChunkedArray) -> np.ndarray:
@@ -110,9 +118,12 @@ def _pieces(batch: SourceBatch) -> Iterator[SourceBatch]:
         yield replace(batch, table=part, bad=batch.bad if start == 0 else ())
 
 
-def _ahead(items: Iterator[T], executor: Executor) -> Iterator[T]:
-    """The same items; the next one is made while the caller works on this one."""
-    pending = executor.submit(next, items, _END)
-    while (item := pending.result()) is not _END:
-        pending = executor.submit(next, items, _END)
-        yield item
+def _map_ahead(function: Callable[[T], R], items: Iterator[T], executor: Executor) -> Iterator[R]:
+    """``map``, with the next items already under way."""
+    pending: deque[Future[R]] = deque()
+    for item in items:
+        pending.append(executor.submit(function, item))
+        if len(pending) > _AT_ONCE:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

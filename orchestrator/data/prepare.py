@@ -1,16 +1,14 @@
 """Prepare: from the source's rows to clean, split, encoded, memory-mapped Arrow, in bounded memory.
 
-In: a source, an encoder, the recipe. Out: a published folder and its DatasetRecord. Every input is read and encoded once,
-into a spool; then, with all rows known, it is decided which are kept and where; then the splits are written from the spool.
-Nothing is dropped in silence: what is set aside goes to quarantine.jsonl with its reason.
+In: a source, an encoder, the recipe. Out: a published folder and its DatasetRecord. Every input is read and encoded once;
+then, with all rows known, it is decided which are kept and in which split. Nothing is dropped in silence: what is set aside
+goes to quarantine.jsonl with its reason.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator.data.cleaning import REASONS, SPLITS, Verdict, count
-from orchestrator.data.dataset import SplitWriter
+from orchestrator.data.dataset import SLICE, column_at, row_columns, write_split
 from orchestrator.data.decide import Decision, Facts, decide
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.intake import Intake, Rows
@@ -33,7 +31,7 @@ from orchestrator.storage import (
     QUARANTINE,
     RECIPE,
     RECORD,
-    SPOOL,
+    ROWS,
     Storage,
     folder_bytes,
     sha256_json,
@@ -72,11 +70,11 @@ def prepare(
     with storage.publish(location) as folder:
         facts = Facts(recipe, schema)
         with Quarantine(folder / QUARANTINE) as quarantine:
-            with Spool(folder / SPOOL, recipe, encoder, schema) as spool:
-                _read(recipe, encoder, source, facts, spool, quarantine, report)
+            with RowsFile(folder / ROWS, recipe, encoder, schema) as file:
+                _read(recipe, encoder, source, facts, file, quarantine, report)
             decision = decide(recipe, facts)
-            _write(folder, spool, decision, quarantine, report)
-        spool.path.unlink()
+            _set_aside(folder, facts, decision, quarantine)
+        _write_splits(folder, facts, decision)
         encoder_folder = folder / "encoder"
         encoder_folder.mkdir()
         encoder.save(encoder_folder)
@@ -95,14 +93,20 @@ def _check_columns(recipe: Recipe, source: Source) -> None:
 
 
 def _read(
-    recipe: Recipe, encoder: Encoder, source: Source, facts: Facts, spool: Spool, quarantine: Quarantine, report: Report
+    recipe: Recipe,
+    encoder: Encoder,
+    source: Source,
+    facts: Facts,
+    file: RowsFile,
+    quarantine: Quarantine,
+    report: Report,
 ) -> None:
-    """Everything once, into the spool; rows that cannot be used into the quarantine."""
+    """Everything once, into the rows' file; what cannot be used into the quarantine."""
     for skipped in source.skipped:
         quarantine.add(file=skipped.name, verdict="skipped", reason=skipped.reason)
     by, started = recipe.data.split.by, time.monotonic()
-    for rows in Intake(source, spool.schema, encoder, by.column if by else None).run():
-        batch, names = rows.batch, rows.batch.table[spool.schema.input_column]
+    for rows in Intake(source, file.schema, encoder, by.column if by else None).run():
+        batch, names = rows.batch, rows.batch.table[file.schema.input_column]
         for bad in batch.bad:
             quarantine.add(file=batch.file, line=bad.line, split=batch.split, verdict="unreadable", reason=bad.reason,
                            excerpt=bad.excerpt)  # fmt: skip
@@ -112,31 +116,29 @@ def _read(
                            verdict=verdict.name.lower(), reason=rows.reasons.get(index, REASONS[verdict]),
                            excerpt=name)  # fmt: skip
         lengths = encoder.lengths(pa.table(rows.encoded.columns))
-        spool.add(rows, facts.rows)
+        file.add(rows, facts.rows)
         facts.add(rows, lengths)
         speed = facts.rows / max(time.monotonic() - started, 1e-9)
-        report(Event("prepare", done=facts.rows, total=0, figures={"rows": facts.rows, "rows/s": speed}))
+        total = len(source.files) if source.is_image_folder else 0
+        report(Event("prepare", done=facts.rows, total=total, figures={"rows": facts.rows, "rows/s": speed}))
 
 
-def _write(folder: Path, spool: Spool, decision: Decision, quarantine: Quarantine, report: Report) -> None:
-    """The splits' files, and the rows that the decision set aside."""
-    done, total = 0, len(decision.verdicts)
-    with ExitStack() as files:
-        writers = [files.enter_context(SplitWriter(folder, split, spool.columns)) for split in SPLITS]
-        for table, file, split in spool.read():
-            rows = table["row"].to_numpy()
-            verdicts, splits = decision.verdicts[rows], decision.splits[rows]
-            table = table.set_column(1, spool.columns.field(1), pa.array(decision.label_of_row[rows]))
-            for index in np.flatnonzero(verdicts != Verdict.KEPT).tolist():
-                verdict, raw = Verdict(int(verdicts[index])), table["raw"][index].as_py()
-                quarantine.add(file=file or raw, row=int(rows[index]), split=split, verdict=verdict.name.lower(),
-                               reason=REASONS[verdict], excerpt=raw)  # fmt: skip
-            for code, writer in enumerate(writers):
-                mine = np.flatnonzero((splits == code) & (verdicts == Verdict.KEPT))
-                if len(mine):
-                    writer.write(table.take(pa.array(mine)))
-            done = int(rows[-1]) + 1
-            report(Event("prepare", done=done, total=total, figures={"writing": "splits"}))
+def _set_aside(folder: Path, facts: Facts, decision: Decision, quarantine: Quarantine) -> None:
+    """The rows that could be read but are not kept: duplicates, conflicts and leaks."""
+    written = np.flatnonzero(facts.column("verdict") == Verdict.KEPT)
+    dropped = np.flatnonzero(decision.verdicts[written] != Verdict.KEPT)
+    raws = column_at(folder, "raw", dropped)
+    for row, raw in zip(written[dropped].tolist(), raws, strict=True):
+        verdict, (file, split) = Verdict(int(decision.verdicts[row])), facts.origin(row)
+        quarantine.add(file=file or raw, row=row, split=split, verdict=verdict.name.lower(), reason=REASONS[verdict],
+                       excerpt=raw)  # fmt: skip
+
+
+def _write_splits(folder: Path, facts: Facts, decision: Decision) -> None:
+    written = np.flatnonzero(facts.column("verdict") == Verdict.KEPT)  # row of each position in the rows' file
+    for code, split in enumerate(SPLITS):
+        positions = np.flatnonzero((decision.verdicts[written] == Verdict.KEPT) & (decision.splits[written] == code))
+        write_split(folder, split, positions, decision.label_of_row[written[positions]])
 
 
 class Quarantine:
@@ -164,37 +166,23 @@ class Quarantine:
             self.path.unlink()
 
 
-class Spool:
-    """All encoded rows in the source's order, on disk, until it is known where they belong."""
+class RowsFile:
+    """All encoded rows in the source's order, written as they come. A context manager: leaving it closes the file."""
 
     def __init__(self, path: Path, recipe: Recipe, encoder: Encoder, schema: Schema) -> None:
-        self.path, self.schema, self.slices = path, schema, recipe.evaluation.slices
-        slices = [pa.field(f"slice:{column}", pa.string()) for column in self.slices]
-        self.columns = pa.schema(
-            [("row", pa.int64()), ("label", pa.int32()), ("raw", pa.string()), *slices, *encoder.columns()]
-        )
-        self._origins: list[tuple[str, str | None]] = []
+        self.schema, self.slices = schema, recipe.evaluation.slices
+        self._columns = row_columns(self.slices, encoder)
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, self._columns)
 
     def add(self, rows: Rows, first_row: int) -> None:
-        kept = rows.kept
-        if not len(kept):
-            return
-        picked = rows.batch.table.take(pa.array(kept))
-        columns = {"row": pa.array(kept + first_row), "label": pa.array(np.full(len(kept), -1, np.int32)),
-                   "raw": picked[self.schema.input_column]}  # fmt: skip
-        columns |= {f"slice:{name}": picked[name] for name in self.slices} | rows.encoded.columns
-        self._writer.write_table(pa.table(columns, schema=self.columns).combine_chunks())
-        self._origins.append((rows.batch.file, rows.batch.split))
-
-    def read(self) -> Iterator[tuple[pa.Table, str, str | None]]:
-        """Rows with the file and the given split that they came from."""
-        with pa.memory_map(str(self.path)) as stored, pa.ipc.open_file(stored) as reader:
-            for number, (file, split) in enumerate(self._origins):
-                yield pa.Table.from_batches([reader.get_batch(number)]), file, split
+        picked = rows.batch.table.take(pa.array(rows.kept))
+        columns = {"row": pa.array(rows.kept + first_row), "raw": picked[self.schema.input_column]}
+        columns |= {f"{SLICE}{name}": picked[name] for name in self.slices} | rows.encoded.columns
+        if len(rows.kept):
+            self._writer.write_table(pa.table(columns, schema=self._columns))
 
     def __enter__(self) -> Self:
-        self._sink = pa.OSFile(str(self.path), "wb")
-        self._writer = pa.ipc.new_file(self._sink, self.columns)
         return self
 
     def __exit__(

@@ -23,7 +23,7 @@ from pyarrow import fs
 from orchestrator.data.tables import READERS, BadRow, RowBatch, Table
 from orchestrator.errors import DataError
 from orchestrator.recipe import Data
-from orchestrator.storage import Storage, sha256_json
+from orchestrator.storage import Storage, sha256_file, sha256_json
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 IMAGE_COLUMN, LABEL_COLUMN = "image", "label"
@@ -32,6 +32,9 @@ _SPLIT_FOLDERS = {"train": "train", "training": "train", "validation": "validati
                   "val": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
 _HASH_CHUNK_BYTES = 1 << 20
 _SAMPLE_ROWS = 1000
+_FILES_PER_TASK = 16
+_SMALL_IMAGE_BYTES = 8192
+"""Below this, most of the time goes to Python itself, where threads get in each other's way: one is faster than two."""
 _REMOTE_READERS = 32
 """An object store answers slowly but many at a time; a local disk is best read by as many threads as there are cores."""
 
@@ -116,7 +119,7 @@ class Source:
             if sum(part.num_rows for part in parts) >= _SAMPLE_ROWS:
                 break
         if parts:
-            return pa.concat_tables(parts)
+            return pa.concat_tables(parts).slice(0, _SAMPLE_ROWS)
         if bad:
             file, row = bad[0]
             raise DataError(f"{file} has no row that can be read: line {row.line} {row.reason}", "see that line first")
@@ -201,7 +204,13 @@ class Source:
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
         """For whatever is done file by file."""
-        number = os.cpu_count() or 1 if self.is_local else _REMOTE_READERS
+        mean_bytes = sum(file.size_bytes for file in self.files) / len(self.files)
+        if not self.is_local:
+            number = _REMOTE_READERS
+        elif self.is_image_folder and mean_bytes < _SMALL_IMAGE_BYTES:
+            number = 1
+        else:
+            number = os.cpu_count() or 1
         return ThreadPoolExecutor(number, thread_name_prefix="read")
 
     def fingerprint(self, storage: Storage, image_column: str | None = None) -> str:
@@ -215,7 +224,8 @@ class Source:
         signature = sha256_json([[f.path, f.size_bytes, f.modified_ns, f.split] for f in facts])
         known = storage.read_json(FINGERPRINTS) or {}
         if signature not in known:
-            contents = self.threads.map(_sha256, facts)
+            parts = [facts[start : start + _FILES_PER_TASK] for start in range(0, len(facts), _FILES_PER_TASK)]
+            contents = itertools.chain.from_iterable(self.threads.map(_sha256_of_each, parts))
             known[signature] = sha256_json([[f.name, f.split, d] for f, d in zip(facts, contents, strict=True)])
             storage.write_json(FINGERPRINTS, known)
         return str(known[signature])
@@ -332,10 +342,18 @@ def _some_of_each(files: Sequence[SourceFile], limit: int | None) -> tuple[Sourc
     )
 
 
+def _sha256_of_each(files: Sequence[_Facts]) -> list[str | None]:
+    return [_sha256(file) for file in files]
+
+
 def _sha256(file: _Facts) -> str | None:
     """Hash of the content; None when there is no such file, which prepare will say."""
     digest: Any = hashlib.sha256()
     try:
+        if isinstance(file.filesystem, fs.LocalFileSystem):
+            path = Path(file.path)
+            small = file.size_bytes <= _HASH_CHUNK_BYTES  # a chunk's buffer costs more than to hash a small image
+            return hashlib.sha256(path.read_bytes()).hexdigest() if small else sha256_file(path)
         with file.filesystem.open_input_stream(file.path) as stream:
             while chunk := stream.read(_HASH_CHUNK_BYTES):
                 digest.update(chunk)

@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from orchestrator.data.batches import evaluation_batches
-from orchestrator.data.dataset import RowReader, open_split
+from orchestrator.data.dataset import Split
 from orchestrator.models.checkpoint import load_model
 from orchestrator.progress import Event, Report
 from orchestrator.storage import Storage
@@ -71,10 +71,9 @@ def _predict_share(job: PredictJob, rank: int, world: int, threads: int) -> list
     torch.set_num_threads(max(1, threads))
     storage = Storage(job.storage)
     model = load_model(storage.fetch(job.model), device=job.device)
-    table = open_split(storage.fetch(job.dataset, verify=False), job.split)
-    shares = evaluation_batches(model.encoder.lengths(table), job.batch_size, rank, world)
-    reader = RowReader(table, model.encoder.columns())
-    return [(rows, model.probabilities(reader.take(rows))) for rows in shares]
+    split = Split(storage.fetch(job.dataset, verify=False), job.split)
+    shares = evaluation_batches(split.lengths(model.encoder), job.batch_size, rank, world)
+    return [(rows, model.probabilities(split.inputs(rows))) for rows in shares]
 
 
 def _measure(job: PredictJob, threads: int) -> Cost:
@@ -83,10 +82,10 @@ def _measure(job: PredictJob, threads: int) -> Cost:
     torch.set_num_threads(max(1, threads))
     storage = Storage(job.storage)
     model = load_model(storage.fetch(job.model), device=job.device)
-    table = open_split(storage.fetch(job.dataset, verify=False), job.split)
-    rows = np.linspace(0, table.num_rows - 1, _TIMED_INPUTS + _WARM_UP_INPUTS).astype(np.int64)
-    single = _seconds([lambda row=row: model.probabilities(table.slice(int(row), 1)) for row in rows])
-    batch = table.slice(0, min(job.batch_size, table.num_rows))
+    split = Split(storage.fetch(job.dataset, verify=False), job.split)
+    rows = np.linspace(0, len(split) - 1, _TIMED_INPUTS + _WARM_UP_INPUTS).astype(np.int64)
+    single = _seconds([lambda row=row: model.probabilities(split.inputs(np.array([row]))) for row in rows])
+    batch = split.inputs(np.arange(min(job.batch_size, len(split))))
     batches = _seconds([lambda: model.probabilities(batch)] * 3)
     p50, p95 = np.percentile(np.array(single[_WARM_UP_INPUTS:]) * 1e3, [50, 95])
     return Cost(float(p50), float(p95), batch.num_rows / min(batches))

@@ -11,27 +11,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from orchestrator.data.dataset import labels_of
+from orchestrator.data.dataset import Split
 from orchestrator.records import DatasetRecord
 
 
-def write_predictions(path: Path, table: pa.Table, probabilities: np.ndarray, labels: Sequence[str]) -> None:
+def write_predictions(path: Path, split: Split, probabilities: np.ndarray, labels: Sequence[str]) -> None:
     """Parquet: row, raw, label, predicted, and one probability column per class."""
     names = np.array(labels, dtype=object)
     columns = {
-        "row": table["row"], "raw": table["raw"], "label": pa.array(names[labels_of(table)]),
-        "predicted": pa.array(names[probabilities.argmax(axis=1)]), "label_index": table["label"],
+        "row": split.column("row"), "raw": split.column("raw"), "label": pa.array(names[split.labels]),
+        "predicted": pa.array(names[probabilities.argmax(axis=1)]), "label_index": pa.array(split.labels),
         "predicted_index": pa.array(probabilities.argmax(axis=1).astype(np.int32)),
     } | {f"probability:{label}": pa.array(probabilities[:, c]) for c, label in enumerate(labels)}  # fmt: skip
     pq.write_table(pa.table(columns), path)
 
 
-def pictures_of(table: pa.Table, dataset: DatasetRecord) -> list[bytes] | None:
+def pictures_of(split: Split, dataset: DatasetRecord) -> list[bytes] | None:
     """PNG of each image as the network saw it; None for texts."""
     size = dataset.image_size
     if size is None:
         return None
-    return [_png(Image.frombytes("RGB", (size, size), pixels.as_py())) for pixels in table["pixels"]]
+    pictures = split.inputs(np.arange(len(split)))["pixels"]
+    return [_png(Image.frombytes("RGB", (size, size), pixels.as_py())) for pixels in pictures]
 
 
 def _png(image: Image.Image) -> bytes:

@@ -18,7 +18,7 @@ from torch import distributed, nn
 
 from orchestrator.data.augment import augment
 from orchestrator.data.batches import evaluation_batches, plan_epoch, share
-from orchestrator.data.dataset import RowReader, labels_of, open_split
+from orchestrator.data.dataset import Split
 from orchestrator.data.encoders import load_encoder
 from orchestrator.data.images import ImageEncoder
 from orchestrator.evaluation.metrics import summary
@@ -78,11 +78,9 @@ class _Worker:
     def _load_data(self) -> None:
         folder = self.storage.fetch(self.job.dataset, verify=self.leads)
         self.encoder = load_encoder(folder / "encoder")
-        train, validation = open_split(folder, "train"), open_split(folder, "validation")
-        self.train, self.validation = (RowReader(t, self.encoder.columns()) for t in (train, validation))
-        self.train_labels, self.validation_labels = labels_of(train), labels_of(validation)
-        self.train_lengths, self.validation_lengths = self.encoder.lengths(train), self.encoder.lengths(validation)
-        self.class_weights = class_weights(self.settings.class_weights, self.train_labels, self.job.labels)
+        self.train, self.validation = Split(folder, "train"), Split(folder, "validation")
+        self.train_lengths, self.validation_lengths = (s.lengths(self.encoder) for s in (self.train, self.validation))
+        self.class_weights = class_weights(self.settings.class_weights, self.train.labels, self.job.labels)
 
     def _build(self, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)  # the head's weights, the same on every worker
@@ -115,7 +113,7 @@ class _Worker:
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
         return plan_epoch(
-            self.train_lengths, self.train_labels, batch_size=self.settings.batch_size, seed=self.job.recipe.seed,
+            self.train_lengths, self.train.labels, batch_size=self.settings.batch_size, seed=self.job.recipe.seed,
             epoch=epoch, oversample=self.settings.oversample,
         )  # fmt: skip
 
@@ -134,7 +132,7 @@ class _Worker:
         torch.manual_seed(_mix(self.job.recipe.seed, at.step, self.compute.rank))
         loss = train_step(
             self.parallel, list(self._micro_batches(batch)), self.optimizer, self._row_losses, self.compute,
-            total_weight=float(self.class_weights[self.train_labels[batch]].sum()),
+            total_weight=float(self.class_weights[self.train.labels[batch]].sum()),
             max_grad_norm=self.settings.max_grad_norm,
         )  # fmt: skip
         loss = self._sum_over_workers(loss)
@@ -156,10 +154,10 @@ class _Worker:
         for part in np.array_split(mine, self.settings.accumulate_steps):
             idle = len(part) == 0
             rows = batch[:1] if idle else part  # an idle worker computes one row that weighs nothing
-            labels = self.train_labels[rows]
+            labels = self.train.labels[rows]
             weights = np.zeros(1, np.float32) if idle else self.class_weights[labels]
             yield MicroBatch(
-                self._inputs(self.train.take(rows), rows),
+                self._inputs(self.train.inputs(rows), rows),
                 torch.from_numpy(labels.astype(np.int64)).to(self.compute.device),
                 torch.from_numpy(weights).to(self.compute.device),
             )
@@ -216,9 +214,9 @@ class _Worker:
     def _validate(self) -> dict[str, float]:
         size = self.job.recipe.evaluation.batch_size
         shares = evaluation_batches(self.validation_lengths, size, self.compute.rank, self.compute.world)
-        batches = ((rows, self._inputs(self.validation.take(rows))) for rows in shares)
-        probabilities = predict(self.network, batches, len(self.validation_labels), self.compute)
-        return summary(self.validation_labels, probabilities)
+        batches = ((rows, self._inputs(self.validation.inputs(rows))) for rows in shares)
+        probabilities = predict(self.network, batches, len(self.validation.labels), self.compute)
+        return summary(self.validation.labels, probabilities)
 
     def _save_best(self) -> None:
         if self.leads:

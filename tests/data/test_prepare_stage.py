@@ -12,8 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from orchestrator.data import dataset
-from orchestrator.data.dataset import RowReader, labels_of, open_split
+from orchestrator.data.dataset import SLICE, Split
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.encoders import load_encoder
 from orchestrator.data.images import ImageEncoder
@@ -24,7 +23,7 @@ from orchestrator.errors import DataError, IntegrityError
 from orchestrator.progress import Event
 from orchestrator.recipe import Recipe
 from orchestrator.records import DatasetRecord
-from orchestrator.storage import RECIPE, RECORD, Storage, verify_manifest
+from orchestrator.storage import RECIPE, RECORD, ROWS, Storage, verify_manifest
 
 SPLITS = ("train", "validation", "test")
 
@@ -47,7 +46,13 @@ class Prepared:
         self.folder = self.storage.path(self.record.location)
 
     def rows(self, split: str) -> list[dict[str, Any]]:
-        return open_split(self.folder, split).to_pylist()
+        table = Split(self.folder, split)
+        slices = [f"{SLICE}{name}" for name in self.recipe.evaluation.slices]
+        columns = {name: table.column(name) for name in ("row", "raw", *slices)}
+        inputs = table.inputs(np.arange(len(table)))
+        return (
+            pa.table(columns | {"label": table.labels} | dict(zip(inputs.column_names, inputs.columns, strict=True)))
+        ).to_pylist()
 
     def raw(self, split: str) -> set[str]:
         return {row["raw"] for row in self.rows(split)}
@@ -129,9 +134,8 @@ def test_splits_are_stratified_and_recorded(tmp_path: Path, encoder: TextEncoder
         zip(SPLITS, (160, 20, 20), strict=True)
     )
     assert done.record.splits["test"].class_counts == {"bad": 10, "good": 10}
-    table = open_split(done.folder, "test")
-    assert np.bincount(labels_of(table)).tolist() == [10, 10]
-    for row in table.to_pylist():
+    assert np.bincount(Split(done.folder, "test").labels).tolist() == [10, 10]
+    for row in done.rows("test"):
         assert done.record.labels[row["label"]] == ("good" if row["row"] % 2 else "bad")
         assert f"number {row['row']} " in row["raw"]
 
@@ -163,14 +167,14 @@ def test_the_folder_is_published_whole_with_recipe_and_record(tmp_path: Path, en
     done = prepare_text(tmp_path / "runs", encoder, {"source": str(write_csv(tmp_path / "a.csv", plain_rows(60)))})
     assert {RECIPE, RECORD, *(f"{split}.arrow" for split in SPLITS)} <= set(verify_manifest(done.folder))
     assert DatasetRecord.model_validate_json((done.folder / RECORD).read_text(encoding="utf-8")) == done.record
-    assert done.events[-1].message and any(event.total == 60 and event.done == 60 for event in done.events)
+    assert done.events[-1].message and any(event.done == 60 and "rows/s" in event.figures for event in done.events)
 
 
 def test_a_second_run_has_the_same_key_and_the_same_bytes(tmp_path: Path, encoder: TextEncoder) -> None:
     data = {"source": str(write_csv(tmp_path / "a.csv", plain_rows(90) + PLANTED))}
     first, again = (prepare_text(tmp_path / root, encoder, data) for root in ("one", "two"))
     assert first.key == again.key
-    for name in (*(f"{split}.arrow" for split in SPLITS), "quarantine.jsonl"):
+    for name in (*(f"{split}.arrow" for split in SPLITS), ROWS, "quarantine.jsonl"):
         assert (first.folder / name).read_bytes() == (again.folder / name).read_bytes()
 
 
@@ -202,10 +206,7 @@ def test_the_size_of_batches_changes_nothing_but_the_memory(tmp_path: Path, enco
         assert small.rows(split) == large.rows(split)
 
 
-def test_memory_does_not_grow_with_the_source(
-    tmp_path: Path, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dataset, "_CHUNK_BYTES", 100_000)
+def test_memory_does_not_grow_with_the_source(tmp_path: Path, encoder: TextEncoder) -> None:
     generator = random.Random(0)
     peaks = []
     for rows in (2_000, 20_000):
@@ -299,9 +300,9 @@ def test_class_folders_become_pixels_and_broken_images_are_quarantined(tmp_path:
     assert (counts.rows_read, counts.kept, counts.duplicates, counts.unreadable) == (63, 60, 1, 2)
     assert done.record.labels == ("dark", "light") and done.record.image_size == 16
     assert {e["excerpt"] for e in done.quarantine} == {"dark/twin.png", "light/broken.png", "light/cut.png"}
-    table = open_split(done.folder, "test")
-    expected = image_encoder().encode([(pictures / row).read_bytes() for row in table["raw"].to_pylist()])
-    assert table["pixels"].to_pylist() == expected.columns["pixels"].to_pylist()
+    rows = done.rows("test")
+    expected = image_encoder().encode([(pictures / row["raw"]).read_bytes() for row in rows])
+    assert [row["pixels"] for row in rows] == expected.columns["pixels"].to_pylist()
 
 
 def test_a_table_of_image_paths_is_read_relative_to_itself(tmp_path: Path, pictures: Path) -> None:
@@ -316,10 +317,10 @@ def test_a_table_of_image_paths_is_read_relative_to_itself(tmp_path: Path, pictu
 
 def test_a_split_that_is_not_arrow_is_an_integrity_error(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="run prepare again"):
-        open_split(tmp_path, "train")
+        Split(tmp_path, "train")
     (tmp_path / "train.arrow").write_bytes(b"nothing")
-    with pytest.raises(IntegrityError, match="not a prepared split"):
-        open_split(tmp_path, "train")
+    with pytest.raises(IntegrityError, match="is not a prepared file"):
+        Split(tmp_path, "train")
 
 
 # -------------------------------------------------------------------------------------- what real files have in store
@@ -383,17 +384,17 @@ def test_only_texts_that_were_cut_count_as_truncated(tmp_path: Path, encoder: Te
     assert round(done.record.truncated_fraction * 28) == exactly - 1  # one of the full ones just fits
 
 
-def test_large_splits_are_read_at_random_across_chunks(
-    tmp_path: Path, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dataset, "_CHUNK_BYTES", 2_000)
+def test_large_splits_are_read_at_random_across_chunks(tmp_path: Path, encoder: TextEncoder) -> None:
     path = write_csv(tmp_path / "a.csv", plain_rows(400))
     done = prepare_text(tmp_path / "runs", encoder, {"source": str(path), "batch_rows": 30})
-    table = open_split(done.folder, "train")
-    assert len(table["row"].chunks) > 5
-    rows = np.random.default_rng(0).permutation(table.num_rows)[:50]
-    assert RowReader(table).take(rows).to_pylist() == table.take(pa.array(rows)).to_pylist()
-    assert RowReader(table).take(rows[:0]).num_rows == 0
+    assert len(pa.ipc.open_file(done.folder / ROWS).read_all()["row"].chunks) > 5
+    split = Split(done.folder, "train")
+    rows = np.random.default_rng(0).permutation(len(split))[:50]
+    texts = split.column("raw", rows).to_pylist()
+    assert texts == [split.column("raw").to_pylist()[row] for row in rows]
+    assert split.inputs(rows)["input_ids"].to_pylist() == encoder.encode(texts).columns["input_ids"].to_pylist()
+    assert split.lengths(encoder)[rows].tolist() == [len(i) for i in split.inputs(rows)["input_ids"].to_pylist()]
+    assert split.inputs(rows[:0]).num_rows == 0
 
 
 @pytest.fixture
