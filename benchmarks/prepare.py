@@ -180,6 +180,7 @@ def measure(
         one: dict[str, float] = {}
         turn = contenders if number % 2 else contenders[::-1]
         for contender in turn:
+            os.environ["TOKENIZERS_PARALLELISM"] = "true"  # datasets.map switches it off for the whole process
             with tempfile.TemporaryDirectory(dir=root) as folder:
                 one |= contender(Path(folder))
         if number:  # the first round warms caches and imports

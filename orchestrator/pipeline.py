@@ -28,7 +28,7 @@ from orchestrator.data.prepare import prepare as prepare_dataset
 from orchestrator.data.schema import infer_schema
 from orchestrator.data.sources import Source, open_source
 from orchestrator.errors import ModelNotFound, ServingFailed
-from orchestrator.evaluation.predictions import pictures_of, read_predictions, write_predictions
+from orchestrator.evaluation.predictions import picture_of, read_predictions, write_predictions
 from orchestrator.evaluation.scores import evaluate_predictions, slice_scores
 from orchestrator.progress import Event, Report, format_seconds, ignore
 from orchestrator.recipe import Model, Recipe, parse_recipe, to_yaml
@@ -251,7 +251,9 @@ class Pipeline:
         from orchestrator.training.metrics_log import read_metrics
 
         split = Split(self.storage.fetch(dataset.location, verify=False), "test")
-        rows = TestRows(split.labels, probabilities, split.column("raw").to_pylist(), pictures_of(split, dataset))
+        size = dataset.image_size
+        picture = None if size is None else lambda row: picture_of(split, row, size)
+        rows = TestRows(split.labels, probabilities, split.column("raw").to_pylist(), picture)
         steps = [
             (m["step"], m["loss"]) for m in read_metrics(self.storage.path(model.location)) if m["kind"] == "train"
         ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from orchestrator.errors import StageError
+
 OVERALL = (
     "accuracy", "macro_precision", "macro_recall", "macro_f1", "weighted_precision", "weighted_recall", "weighted_f1",
     "roc_auc", "average_precision", "log_loss", "calibration_error",
@@ -20,6 +22,13 @@ class Scorer:
     """Everything that does not depend on the weights, computed once: predictions, sort orders, bins."""
 
     def __init__(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
+        """Raises StageError for probabilities that are no numbers."""
+        broken = ~np.isfinite(probabilities).all(axis=1)
+        if broken.any():
+            raise StageError(
+                f"the model's answers are not finite in {broken.sum()} of {len(labels)} rows: training diverged",
+                "lower training.learning_rate, or set training.precision: fp32",
+            )
         self.labels = labels.astype(np.int64)
         self.probabilities = probabilities.astype(np.float64)
         self.rows, self.classes = probabilities.shape
@@ -27,7 +36,8 @@ class Scorer:
         self.cells = self.labels * self.classes + self.predicted
         self.rankings = [_Ranking(self.labels == c, self.probabilities[:, c]) for c in range(self.classes)]
         true_probability = self.probabilities[np.arange(self.rows), self.labels]
-        self.surprises = -np.log(np.clip(true_probability, np.finfo(np.float64).eps, 1.0))
+        smallest = np.finfo(probabilities.dtype if probabilities.dtype.kind == "f" else np.float64).eps
+        self.surprises = -np.log(np.clip(true_probability, smallest, 1.0))
         self.confidences = self.probabilities[np.arange(self.rows), self.predicted]
         self.bins = np.minimum((self.confidences * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
         self.correct = (self.predicted == self.labels).astype(np.float64)

@@ -8,13 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from orchestrator.data.batches import evaluation_batches
 from orchestrator.data.dataset import Split
-from orchestrator.models.checkpoint import load_model
+from orchestrator.data.encoder import Encoder
+from orchestrator.data.images import ImageEncoder
+from orchestrator.evaluation.predictions import picture_of
+from orchestrator.models.checkpoint import SavedModel, load_model
 from orchestrator.progress import Event, Report
 from orchestrator.storage import Storage
 
@@ -24,7 +29,7 @@ _WARM_UP_INPUTS = 5
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured alone on one worker, from encoded rows to probabilities."""
+    """Measured alone on one worker, from the text (or a PNG of the network's size) to the probabilities."""
 
     latency_ms_p50: float
     latency_ms_p95: float
@@ -83,18 +88,25 @@ def _measure(job: PredictJob, threads: int) -> Cost:
     storage = Storage(job.storage)
     model = load_model(storage.fetch(job.model), device=job.device)
     split = Split(storage.fetch(job.dataset, verify=False), job.split)
-    rows = np.linspace(0, len(split) - 1, _TIMED_INPUTS + _WARM_UP_INPUTS).astype(np.int64)
-    single = _seconds([lambda row=row: model.probabilities(split.inputs(np.array([row]))) for row in rows])
-    batch = split.inputs(np.arange(min(job.batch_size, len(split))))
-    batches = _seconds([lambda: model.probabilities(batch)] * 3)
+    rows = np.linspace(0, len(split) - 1, max(_TIMED_INPUTS + _WARM_UP_INPUTS, job.batch_size)).astype(np.int64)
+    inputs = _raw_inputs(split, rows, model.encoder)
+    single = _seconds(model, [[value] for value in inputs[: _TIMED_INPUTS + _WARM_UP_INPUTS]])
+    batches = _seconds(model, [inputs[: job.batch_size]] * 3)
     p50, p95 = np.percentile(np.array(single[_WARM_UP_INPUTS:]) * 1e3, [50, 95])
-    return Cost(float(p50), float(p95), batch.num_rows / min(batches))
+    return Cost(float(p50), float(p95), job.batch_size / min(batches))
 
 
-def _seconds(calls: Sequence[object]) -> list[float]:
+def _raw_inputs(split: Split, rows: np.ndarray, encoder: Encoder) -> list[str] | list[bytes]:
+    if isinstance(encoder, ImageEncoder):
+        return [picture_of(split, int(row), encoder.image_size) for row in rows]
+    texts: list[str] = split.column("raw", rows).to_pylist()
+    return texts
+
+
+def _seconds(model: SavedModel, batches: Sequence[Sequence[Any]]) -> list[float]:
     times = []
-    for call in calls:
+    for batch in batches:
         started = time.perf_counter()
-        call()  # type: ignore[operator]
+        model.probabilities(pa.table(model.encoder.encode(batch).columns))
         times.append(time.perf_counter() - started)
     return times

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +14,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from orchestrator.evaluation.metrics import CALIBRATION_BINS, roc_curve
@@ -21,7 +23,7 @@ _INK, _FAINT = "#010203", "#040506"
 """Stand-ins in matplotlib's output for the page's own colours, which follow light and dark mode."""
 _COLORS = ("#3b6fd4", "#d9663b", "#2f9e6e", "#a457c7", "#c79a1e", "#d1477a", "#3aa3b5", "#7a6a58", "#6c78e0", "#8aa32f")
 _STYLE = {
-    "svg.hashsalt": "report", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
+    "svg.hashsalt": "report", "text.parse_math": False, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _FAINT, "axes.labelcolor": _INK,
     "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.grid": True, "grid.color": _FAINT,
     "grid.alpha": 0.25, "legend.frameon": False, "axes.prop_cycle": None,
@@ -34,12 +36,13 @@ def roc(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]) -> 
     """One-vs-rest ROC curves of the most frequent classes (of two classes, the second's alone)."""
     with _figure() as (figure, axes):
         axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle=":")
+        curves: list[Line2D] = []
         shown = [1] if len(names) == 2 else np.argsort(-np.bincount(labels, minlength=len(names)))[:MAX_CURVES]
         for color, c in zip(_COLORS, shown, strict=False):
             false_rate, true_rate = roc_curve(labels == c, probabilities[:, c])
-            axes.plot(false_rate, true_rate, color=color, label=_short(names[c]))
+            curves += axes.plot(false_rate, true_rate, color=color)
         axes.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(-0.01, 1), ylim=(0, 1.01))
-        axes.legend(loc="lower right")
+        axes.legend(curves, [_short(names[c]) for c in shown], loc="lower right")
         return _svg(figure)
 
 
@@ -112,7 +115,8 @@ def _square(x: int, y: int, color: str, share: float) -> Patch:
 @contextlib.contextmanager
 def _figure(width: float = 3.6, height: float = 3.0) -> Iterator[tuple[Figure, Axes]]:
     """A figure in the report's style; never through pyplot, which keeps global state."""
-    with mpl.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_COLORS)}):
+    with mpl.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_COLORS)}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the letters, with its own fonts
         figure = Figure((width, height), layout="constrained")
         yield figure, figure.add_subplot()
 

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from orchestrator.data.dataset import Split
-from orchestrator.records import DatasetRecord
 
 
 def write_predictions(path: Path, split: Split, probabilities: np.ndarray, labels: Sequence[str]) -> None:
@@ -26,18 +25,11 @@ def write_predictions(path: Path, split: Split, probabilities: np.ndarray, label
     pq.write_table(pa.table(columns), path)
 
 
-def pictures_of(split: Split, dataset: DatasetRecord) -> list[bytes] | None:
-    """PNG of each image as the network saw it; None for texts."""
-    size = dataset.image_size
-    if size is None:
-        return None
-    pictures = split.inputs(np.arange(len(split)))["pixels"]
-    return [_png(Image.frombytes("RGB", (size, size), pixels.as_py())) for pixels in pictures]
-
-
-def _png(image: Image.Image) -> bytes:
+def picture_of(split: Split, row: int, size: int) -> bytes:
+    """PNG of an image as the network saw it, ``size`` pixels square."""
+    (pixels,) = split.inputs(np.array([row]))["pixels"].to_pylist()
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    Image.frombytes("RGB", (size, size), pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 

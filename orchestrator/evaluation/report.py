@@ -7,7 +7,7 @@ user's data is escaped.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ class TestRows:
     probabilities: np.ndarray
     raw: Sequence[str]
     """The texts, or the images' names."""
-    pictures: Sequence[bytes] | None = None
-    """PNG of each image."""
+    picture: Callable[[int], bytes] | None = None
+    """PNG of a row's image."""
 
 
 def write_report(
@@ -79,7 +79,7 @@ def _mistakes(dataset: DatasetRecord, rows: TestRows, limit: int) -> list[dict[s
     shown = []
     for index in confident_mistakes(rows.labels, rows.probabilities, limit):
         predicted = int(rows.probabilities[index].argmax())
-        picture = base64.b64encode(rows.pictures[index]).decode() if rows.pictures else None
+        picture = base64.b64encode(rows.picture(int(index))).decode() if rows.picture else None
         shown.append({
             "true": dataset.labels[int(rows.labels[index])], "predicted": dataset.labels[predicted],
             "confidence": float(rows.probabilities[index, predicted]),

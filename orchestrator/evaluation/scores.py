@@ -56,7 +56,7 @@ def slice_scores(
     labels: np.ndarray, probabilities: np.ndarray, values: Sequence[str | None]
 ) -> dict[str, dict[str, float]]:
     """Rows, accuracy and macro_f1 for each value of a column, the most frequent ones; the rest under ``(other)``."""
-    names, codes = np.unique(np.array([v or "(none)" for v in values]), return_inverse=True)
+    names, codes = np.unique(np.array([v or "(none)" for v in values], object), return_inverse=True)
     by_size = np.argsort(-np.bincount(codes), kind="stable")
     result = {}
     for code in by_size[:_MAX_SLICE_VALUES]:
