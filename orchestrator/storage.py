@@ -262,19 +262,26 @@ def write_manifest(folder: Path) -> str:
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
-    """Check every listed file. Raises IntegrityError that names the file, the expected and the actual hash."""
+    """Check every listed file, and that there is no other (hidden ones aside).
+
+    Raises IntegrityError that names the file, the expected and the actual hash.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = {str(name): str(facts["sha256"]) for name, facts in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{folder} has no readable {MANIFEST} ({error})", "write it again") from None
-    for name, expected in files.items():
+    for name, sha256 in expected.items():
         file = folder / name
         actual = sha256_file(file) if file.is_file() else "no such file"
-        if actual != expected["sha256"]:
+        if actual != sha256:
             raise IntegrityError(
-                f"{file} is not the file that was written (SHA-256 expected {expected['sha256']}, found {actual})",
+                f"{file} is not the file that was written (SHA-256 expected {sha256}, found {actual})",
                 "restore it from a copy, or write it again",
             )
+    for file in (f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST and not f.name.startswith(".")):
+        if file.relative_to(folder).as_posix() not in expected:
+            raise IntegrityError(f"{file} was added after {folder} was written", "take it out")
     return dict(files)
 
 

@@ -20,7 +20,7 @@ def act_on_models(storage: str, url: str | None, words: Sequence[str], alias: st
     match list(words):
         case []:
             return _names(registry)
-        case ["promote", name, version] if version.isdigit():
+        case ["promote", name, version] if version.isascii() and version.isdigit():
             registry.set_alias(name, alias, int(version), "by hand", action="promote")
             return _one(registry.get(name, int(version)), f"{name} version {version} is {alias} now")
         case ["rollback", name]:

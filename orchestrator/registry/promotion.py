@@ -12,6 +12,8 @@ import numpy as np
 from orchestrator.recipe import Promotion
 
 _RESAMPLES = 2000
+_AT_ONCE = 2_000_000
+"""Counts of drawn rows that are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,15 @@ def probability_better(challenger: Answers, champion: Answers, metric: str, seed
     classes = int(max(challenger.labels.max(), challenger.predicted.max(), champion.predicted.max())) + 1
     generator = np.random.default_rng(seed)
     # All that matters of a row is its (label, answer, answer): rows of one kind are drawn together.
-    kinds = (challenger.labels * classes + challenger.predicted) * classes + champion.predicted
+    kinds = (challenger.labels.astype(np.int64) * classes + challenger.predicted) * classes + champion.predicted
     names, counts = np.unique(kinds, return_counts=True)
-    drawn = generator.multinomial(len(kinds), counts / len(kinds), _RESAMPLES)
     labels, first, second = names // classes**2, names // classes % classes, names % classes
-    gains = _scores(labels, first, drawn, classes, metric) - _scores(labels, second, drawn, classes, metric)
-    return float(((gains > 0) + 0.5 * (gains == 0)).mean())
+    wins, at_once = 0.0, max(1, _AT_ONCE // len(names))
+    for start in range(0, _RESAMPLES, at_once):
+        drawn = generator.multinomial(len(kinds), counts / len(kinds), min(at_once, _RESAMPLES - start))
+        gains = _scores(labels, first, drawn, classes, metric) - _scores(labels, second, drawn, classes, metric)
+        wins += float(((gains > 0) + 0.5 * (gains == 0)).sum())
+    return wins / _RESAMPLES
 
 
 def score(labels: np.ndarray, predicted: np.ndarray, metric: str) -> float:

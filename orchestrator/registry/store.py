@@ -7,6 +7,7 @@ there; several processes may register at once.
 from __future__ import annotations
 
 import getpass
+import os
 import re
 import shutil
 import socket
@@ -27,6 +28,8 @@ from orchestrator.storage import MANIFEST, Storage, sha256_file, sha256_json, ve
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 _TRIES = 50
+_MAX_VERSION = 2**31 - 1
+"""The largest number that every database's integer column holds."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ class Registry:
         _check_name(name, "model name")
         with self.engine.connect() as connection:
             pointed = self._aliases(connection, name)
-            number = version if isinstance(version, int) else pointed.get(version)
+            number = version if isinstance(version, int) else pointed.get(version, 0)
+            number = number if 0 < number <= _MAX_VERSION else 0
             table = schema.versions
             query = sa.select(table.c.record).where(table.c.name == name, table.c.version == number)
             row = connection.execute(query).scalar()
@@ -149,6 +153,8 @@ class Registry:
         ``expected``: only if it points there now (None: nowhere); else ConflictError, and nothing has changed.
         """
         _check_name(alias, "alias")
+        if alias.isdecimal():
+            raise UserError(f"the alias {alias!r} reads like a version", "give it a letter")
         self.get(name, version)
         table = schema.aliases
         with self.engine.begin() as connection:
@@ -168,7 +174,10 @@ class Registry:
         history: list[int] = []
         for line in self.audit(name):
             if line.alias == alias and line.version is not None:
-                history = history[:-1] if line.action == "rollback" else [*history, line.version]
+                if line.action == "rollback":
+                    history.pop()
+                elif history[-1:] != [line.version]:
+                    history.append(line.version)
         if len(history) < 2:
             raise UserError(f"{alias} of {name} has no earlier version", f"see them with: orchestrator models {name}")
         self.set_alias(name, alias, history[-2], f"back from version {history[-1]}", action="rollback")
@@ -183,13 +192,31 @@ class Registry:
             return [AuditLine(**row) for row in connection.execute(query).mappings()]
 
     def verify_audit(self) -> None:
-        """Raises IntegrityError at the first line that was edited, removed or moved."""
+        """Raises IntegrityError at the first line that was edited, removed or moved, also from the end of the log."""
         chain = ""
         for number, line in enumerate(self.audit(), start=1):
             values = {key: value for key, value in line.__dict__.items() if key != "chain"}
             if line.number != number or line.chain != sha256_json([chain, values]):
                 raise IntegrityError(f"line {number} of the audit log is not the one that was written", "see a backup")
             chain = line.chain
+        self._check_log_is_whole()
+
+    def _check_log_is_whole(self) -> None:
+        """Every version was registered, and every alias is where its last line put it."""
+        registered, moved = set(), {}
+        for line in self.audit():
+            if line.action == "register":
+                registered.add((line.name, line.version))
+            else:
+                moved[line.name, line.alias] = line.version
+        table, versions = schema.aliases.c, schema.versions.c
+        with self.engine.connect() as connection:
+            present = {tuple(row) for row in connection.execute(sa.select(versions.name, versions.version))}
+            query = sa.select(table.name, table.alias, table.version)
+            pointed = {(name, alias): version for name, alias, version in connection.execute(query)}
+        if present != registered or pointed != moved:
+            raise IntegrityError("the audit log does not tell how the registry came to be: lines are missing",
+                                 "see a backup")  # fmt: skip
 
     def _log(
         self, connection: sa.Connection, action: str, name: str, alias: str, version: int | None, previous: int | None,
@@ -227,12 +254,16 @@ def _check_name(name: str, what: str) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copies, never links: a version must not change when its source does."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copyfile(source, target)
+    for file in source.rglob("*") if source.is_dir() else [source]:
+        if file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def _actor() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's number without a name
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
