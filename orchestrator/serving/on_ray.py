@@ -46,6 +46,12 @@ _READY_TIMEOUT_S = 300.0
 _STARTS = 2
 """How often a replica may fail to start before its version is given up."""
 _GATEWAY_REQUESTS = 2000
+_CONTROLLER = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "orchestrator.serving.front.proxy_middlewares",
+    # On a laptop that is busy, starting the proxy takes longer than Serve's five seconds.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+}
 _NO_ANSWER = (RayActorError, DeploymentUnavailableError)
 
 
@@ -295,14 +301,16 @@ def _start(settings: Serving, report: Report) -> str:
     if address is None:
         check_port(settings.host, settings.port)
         address = (settings.host, settings.port)
-        front = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "orchestrator.serving.front.proxy_middlewares"}
-        serve.start(
-            # One door with one known address; nodes that share a machine do not fight over the port.
-            proxy_location="HeadOnly",
-            http_options={"host": settings.host, "port": settings.port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-            controller_options={"runtime_env": {"env_vars": front}},
-        )
+        # Serve's controller replaces a proxy that is late; one that has to wait on a busy machine is killed meanwhile,
+        # but a new one comes, and whether it answers is asked below.
+        with contextlib.suppress(RayActorError, TimeoutError):
+            serve.start(
+                # One door with one known address; nodes that share a machine do not fight over the port.
+                proxy_location="HeadOnly",
+                http_options={"host": settings.host, "port": settings.port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+                controller_options={"runtime_env": {"env_vars": _CONTROLLER}},
+            )
     elif address != (settings.host, settings.port):
         report(
             Event("serve", message=f"Serve already listens on {address[0]} port {address[1]}; the model joins there")

@@ -182,7 +182,6 @@ def test_a_new_version_takes_over_without_a_failed_request(endpoint: str, storag
     assert (status["version"], status["status"], status["replicas"]) == (2, "RUNNING", 1)
 
 
-@pytest.mark.slow  # the wait for the refused version is longer than a quick run should take
 def test_a_version_with_a_flipped_bit_never_answers(endpoint: str, storage: Storage, settings: Serving) -> None:
     from orchestrator.serving.on_ray import deploy, serving_status
 
