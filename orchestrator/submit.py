@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shlex
 import sys
+import time
 from typing import Any
 
 from orchestrator.errors import ResourceError
 
-_EXCLUDED = [".git", ".venv", "runs", "__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".ruff_cache"]
+_EXCLUDED = [".git", ".venv", "/runs", "__pycache__", "*.pyc", ".*_cache", ".hypothesis"]
 _USER_ERROR_STATUS = 2
 
 
@@ -23,8 +26,8 @@ def submit_job(address: str, verb: str, arguments: list[str]) -> int:
     Raises:
         ResourceError: no job server answers at the address, or it refuses the job.
     """
-    import shlex
-
+    # Data is often what git ignores; the environment and the results, which are too large, are left out by name.
+    os.environ.setdefault("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
     client = _client(address)
     try:
         job = client.submit_job(
@@ -79,8 +82,6 @@ def _finish(client: Any, job: str, last_line: str) -> int:
 
 def _final_status(client: Any, job: str) -> str:
     """The job's end is recorded a moment after its log ends."""
-    import time
-
     while not (status := client.get_job_status(job)).is_terminal():
         time.sleep(0.3)
     return str(status.value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from orchestrator.training.worker import Place, TrainJob, train_worker
 _POLL_S = 0.3
 _CONNECTION_WORDS = ("gloo", "nccl", "connection", "process group", "store")
 _MAX_AUTO_CPU_WORKERS = 4
+_PATIENCE_S, _REMIND_EVERY_S = 1800.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,15 @@ def place_workers(training: Training, resources: Resources) -> Placement:
     if training.device == "cuda" and not resources.gpus:
         raise ResourceError(f"training.device is cuda, but the cluster has no GPU ({resources})", "set it to auto")
     slots = int(resources.gpus if device == "cuda" else resources.cpus)
+    free = max(1, slots if device == "cuda" else int(resources.free_cpus))
     kind = "GPUs" if device == "cuda" else "CPUs"
     if training.workers != "auto" and training.workers > slots:
         raise ResourceError(
             f"training.workers is {training.workers}, but the cluster has {slots} {kind} ({resources})",
             f"set training.workers to at most {slots}, or to auto",
         )
-    workers = _automatic(slots, device, training.batch_size) if training.workers == "auto" else training.workers
-    cpus = max(1.0, resources.cpus // workers) if resources.nodes == 1 else 1.0
+    workers = _automatic(free, device, training.batch_size) if training.workers == "auto" else training.workers
+    cpus = max(1.0, resources.free_cpus // workers) if resources.nodes == 1 else 1.0
     return Placement(workers, device, min(cpus, resources.cpus_of_largest_node))
 
 
@@ -77,6 +80,7 @@ def fit(job: TrainJob, placement: Placement, session: Session, report: Report) -
     """
     with _mailbox(report) as mailbox:
         for attempt in range(job.recipe.training.max_failures + 1):
+            wait_for_room(placement, report)
             failures = _attempt(replace(job, attempt=attempt), placement, session, mailbox)
             if not failures:
                 return attempt
@@ -85,6 +89,29 @@ def fit(job: TrainJob, placement: Placement, session: Session, report: Report) -
                 raise decision.error
             report(Event("train", message=decision.reason))
     raise AssertionError("decide() stops at max_failures")
+
+
+def wait_for_room(placement: Placement, report: Report, patience_s: float = _PATIENCE_S) -> None:
+    """Until what the workers need is free, saying so: Ray Train would wait in silence, then fail without a reason.
+
+    Raises:
+        ResourceError: it was not free within ``patience_s``.
+    """
+    needed = {"CPU": placement.workers * placement.cpus_per_worker}
+    needed |= {"GPU": float(placement.workers)} if placement.device == "cuda" else {}
+    started, said_at = time.monotonic(), float("-inf")
+    while lacking := {name: n for name, n in needed.items() if ray.available_resources().get(name, 0.0) < n}:
+        waited_s = time.monotonic() - started
+        told = ", ".join(f"{n:g} {name}s" for name, n in lacking.items())
+        if waited_s > patience_s:
+            raise ResourceError(
+                f"the workers need {told}, which something else has held for {waited_s:.0f} s",
+                "see who: ray status, ray list actors; or set training.workers lower",
+            )
+        if waited_s > _POLL_S and time.monotonic() - said_at > _REMIND_EVERY_S:
+            said_at = time.monotonic()
+            report(Event("train", message=f"waiting for {told}, which something else is using"))
+        time.sleep(_POLL_S)
 
 
 def _attempt(job: TrainJob, placement: Placement, session: Session, mailbox: Any) -> list[WorkerFailure]:
@@ -109,7 +136,7 @@ def _attempt(job: TrainJob, placement: Placement, session: Session, mailbox: Any
         return [_classify(rank, failure) for rank, failure in sorted(error.worker_failures.items())]
     except TrainingFailedError as error:
         raise TrainingFailed(
-            f"Ray could not run the workers ({_first_line(error)})", "run: orchestrator doctor"
+            f"Ray could not run the workers ({_first_line(_root(error))})", "run: orchestrator doctor"
         ) from error
     return []
 

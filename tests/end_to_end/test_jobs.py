@@ -1,0 +1,99 @@
+"""The path as a job of a running cluster: ``ray job submit`` and ``orchestrator submit``, their logs and exit status."""
+
+import json
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from own_cluster import BIN, OwnCluster, free_port, own_cluster
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[OwnCluster]:
+    with own_cluster() as cluster:
+        cluster.start_head()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, reviews_csv: Path, tiny_backbone: Path) -> Path:
+    """A user's folder: a recipe, and data and results that git ignores."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "data").mkdir()
+    shutil.copy(reviews_csv, folder / "data")
+    (folder / ".gitignore").write_text("data/\nruns/\n")
+    (folder / "recipe.yaml").write_text(
+        "name: jobbed\ntask: text_classification\ndata: {source: data/reviews.csv}\n"
+        f"model: {{backbone: {tiny_backbone}, max_tokens: 32}}\n"
+        "training: {epochs: 1, batch_size: 16, learning_rate: 2.0e-3, workers: 1}\n"
+        f"evaluation: {{bootstrap_samples: 100}}\nserving: {{port: {free_port()}, max_replicas: 1}}\n"
+    )
+    return folder
+
+
+def test_ray_job_submit_walks_the_whole_path(cluster: OwnCluster, project: Path, reviews_csv: Path) -> None:
+    """The repository is the job's folder; its relative storage moves to where it lasts, and the endpoint stays up."""
+    copy = Path(shutil.copytree(ROOT, cluster.root / "clone", ignore=shutil.ignore_patterns(".*", "runs", "*.egg-info")))
+    shutil.copy(project / "recipe.yaml", copy / "recipe.yaml")
+    submitted = cluster.run(
+        BIN / "ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--", "python", "-m",
+        "jobs.run", "recipe.yaml", "--set", f"data.source={reviews_csv}", "--json", cwd=copy,
+    )  # fmt: skip
+    log = submitted.stdout + submitted.stderr
+    assert submitted.returncode == 0, log[-4000:]
+    assert "[storage] ./runs would vanish with this job's folder" in log
+    records = json.loads(next(line for line in log.splitlines() if line.startswith('{"stage": "run"')))
+    assert (cluster.root / "orchestrator" / "runs" / records["train"]["model_location"] / "config.json").is_file()
+
+    body = json.dumps({"instances": ["a great fresh cup"]}).encode()
+    request = urllib.request.Request(records["serve"]["predict_url"], body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert json.load(answer)["model_version"] == "1"
+
+
+def test_submit_streams_the_log_and_brings_the_record(cluster: OwnCluster, project: Path) -> None:
+    """Data that git ignores travels too."""
+    storage = cluster.root / "other"
+    submitted = cluster.run(
+        BIN / "orchestrator", "submit", "train", "recipe.yaml", "--address", cluster.dashboard, "--storage", storage,
+        "--json", cwd=project,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stderr[-4000:]
+    record = json.loads(submitted.stdout)
+    assert (record["stage"], record["steps"]) == ("train", 20)
+    assert "[train]" in submitted.stderr and "ray job logs" in submitted.stderr
+    assert (storage / record["model_location"] / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ("data.source=data/none.csv", 2, "there is nothing at data/none.csv"),
+        ("training.epochs=2", 1, "rows.arrow is not the file that was written"),
+    ],
+    ids=["the user's mistake", "a failure"],
+)
+def test_submit_ends_with_the_jobs_own_status(
+    cluster: OwnCluster, project: Path, change: str, status: int, words: str
+) -> None:
+    (rows,) = (cluster.root / "other").glob("prepare/*/rows.arrow")
+    rows.write_bytes(rows.read_bytes()[:-1] + b"?")
+    submitted = cluster.run(
+        BIN / "orchestrator", "submit", "train", "recipe.yaml", "--address", cluster.dashboard, "--set", change,
+        "--storage", cluster.root / "other", cwd=project,
+    )  # fmt: skip
+    assert submitted.returncode == status, submitted.stderr[-4000:]
+    assert words in submitted.stderr
+    assert "Traceback" not in submitted.stderr
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(cluster: OwnCluster, project: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    submitted = cluster.run(BIN / "orchestrator", "submit", "run", "recipe.yaml", "--address", address, cwd=project)
+    assert submitted.returncode == 2
+    assert f"no job server answers at '{address}'" in submitted.stderr and "Traceback" not in submitted.stderr
