@@ -68,7 +68,8 @@ class _Lines:
 
     def __init__(self, every_s: float = 5.0, keep_messages: bool = True) -> None:
         self.every_s, self.keep_messages = every_s, keep_messages
-        self.stage, self.started, self.printed = "", 0.0, 0.0
+        self.printed = 0.0
+        self.first, self.first_at = Event(""), 0.0  # of this stage's progress: what was there before took no time now
 
     def __enter__(self) -> Report:
         return self.report
@@ -78,19 +79,23 @@ class _Lines:
 
     def report(self, event: Event) -> None:
         now = time.monotonic()
-        if event.stage != self.stage or event.done == 0:
-            self.stage, self.started = event.stage, now
         if event.message:
             if self.keep_messages:
                 self._print(f"[{event.stage}] {event.message}")
-        elif now - self.printed >= self.every_s and event.total:
+            return
+        if event.stage != self.first.stage or event.done < self.first.done:
+            self.first, self.first_at = event, now
+        if now - self.printed >= self.every_s:
             self.printed = now
-            self._print(self._progress(event, now - self.started))
+            self._print(self._progress(event, now - self.first_at))
 
     def _progress(self, event: Event, elapsed_s: float) -> str:
-        left = elapsed_s * (event.total - event.done) / event.done if event.done else 0.0
-        line = f"[{event.stage}] {event.done:.0f}/{event.total:.0f}  {format_figures(event.figures)}"
-        return f"{line}  left {format_seconds(left)}" if event.done else line
+        total = f"/{event.total:.0f}" if event.total else ""
+        line = f"[{event.stage}] {event.done:.0f}{total}  {format_figures(event.figures)}"
+        progress = event.done - self.first.done
+        if not event.total or not progress:
+            return line
+        return f"{line}  left {format_seconds(elapsed_s * (event.total - event.done) / progress)}"
 
     def _print(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)  # noqa: T201

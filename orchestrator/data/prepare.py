@@ -120,7 +120,7 @@ def _read(
         facts.add(rows, lengths)
         speed = facts.rows / max(time.monotonic() - started, 1e-9)
         total = len(source.files) if source.is_image_folder else 0
-        report(Event("prepare", done=facts.rows, total=total, figures={"rows": facts.rows, "rows/s": speed}))
+        report(Event("prepare", done=facts.rows, total=total, figures={"rows/s": speed}))
 
 
 def _set_aside(folder: Path, facts: Facts, decision: Decision, quarantine: Quarantine) -> None:

@@ -59,7 +59,9 @@ class OwnCluster:
                    *ports, *options]  # fmt: skip
         log = (self.root / f"node-{len(self.nodes)}.log").open("w")
         self.nodes.append(
-            subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            )
         )
 
     def _wait(self, probe: object, timeout_s: float = 90.0) -> None:
@@ -80,9 +82,9 @@ class OwnCluster:
             node.send_signal(signal.SIGTERM)
         for node in reversed(self.nodes):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                node.wait(30)
-            if node.poll() is None:
-                node.kill()
+                node.wait(5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)  # a session of its own: nothing else is in it
 
 
 @contextlib.contextmanager

@@ -38,7 +38,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, reviews_csv: Path, tiny_ba
 
 def test_ray_job_submit_walks_the_whole_path(cluster: OwnCluster, project: Path, reviews_csv: Path) -> None:
     """The repository is the job's folder; its relative storage moves to where it lasts, and the endpoint stays up."""
-    copy = Path(shutil.copytree(ROOT, cluster.root / "clone", ignore=shutil.ignore_patterns(".*", "runs", "*.egg-info")))
+    copy = Path(
+        shutil.copytree(ROOT, cluster.root / "clone", ignore=shutil.ignore_patterns(".*", "runs", "*.egg-info"))
+    )
     shutil.copy(project / "recipe.yaml", copy / "recipe.yaml")
     submitted = cluster.run(
         BIN / "ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--", "python", "-m",
