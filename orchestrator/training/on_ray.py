@@ -20,6 +20,7 @@ import ray.train
 import ray.train.torch
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from orchestrator.errors import OrchestratorError, ResourceError, TrainingFailed
@@ -155,7 +156,7 @@ def _on_worker(config: dict[str, Any]) -> None:
 
 def _classify(rank: int, failure: BaseException) -> WorkerFailure:
     cause = _root(failure)
-    if isinstance(cause, RayActorError):
+    if isinstance(cause, (RayActorError, WorkerHealthCheckTimeoutError)):
         return WorkerFailure(rank, "lost", _first_line(cause))
     if isinstance(cause, OrchestratorError):
         return WorkerFailure(rank, "raised", str(cause), cause)
@@ -167,7 +168,12 @@ def _classify(rank: int, failure: BaseException) -> WorkerFailure:
 def _root(error: BaseException) -> BaseException:
     """The exception a worker raised, out of the wrappers that carried it here."""
     while True:
-        inner = getattr(error, "cause", None) if isinstance(error, RayTaskError) else error.__cause__
+        if isinstance(error, RayTaskError):
+            inner = error.cause
+        elif isinstance(error, WorkerHealthCheckFailedError):
+            inner = error.health_check_failure
+        else:
+            inner = error.__cause__
         if not isinstance(inner, BaseException):
             return error
         error = inner

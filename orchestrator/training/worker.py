@@ -85,6 +85,7 @@ class _Worker:
     def _build(self, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)  # the head's weights, the same on every worker
         self.network = self.task.network(recipe.model, self.job.labels).to(self.compute.device).train()
+        self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
         self.peak_rate = self.task.learning_rate(recipe)
         self.optimizer = build_optimizer(self.network, self.peak_rate, self.settings.weight_decay)
         self.total_steps = self.settings.epochs * len(self._plan(0))
@@ -154,8 +155,10 @@ class _Worker:
         for part in np.array_split(mine, self.settings.accumulate_steps):
             idle = len(part) == 0
             rows = batch[:1] if idle else part  # an idle worker computes one row that weighs nothing
+            weights = np.zeros(1, np.float32) if idle else self.class_weights[self.train.labels[rows]]
+            if self.has_batch_norm and len(rows) == 1:  # which has no statistics of one row: it counts as two halves
+                rows, weights = np.repeat(rows, 2), np.repeat(weights / 2, 2)
             labels = self.train.labels[rows]
-            weights = np.zeros(1, np.float32) if idle else self.class_weights[labels]
             yield MicroBatch(
                 self._inputs(self.train.inputs(rows), rows),
                 torch.from_numpy(labels.astype(np.int64)).to(self.compute.device),

@@ -111,3 +111,15 @@ def test_every_option_trains(job: TrainJob, options: dict[str, object]) -> None:
 
 def parse_recipe_with(job: TrainJob, training: dict[str, object]) -> Recipe:
     return Recipe.model_validate(job.recipe.model_dump() | {"training": job.recipe.training.model_dump() | training})
+
+
+def test_a_last_batch_of_one_image_trains_although_batch_norm_needs_two(shapes_folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({
+        "name": "shapes", "task": "image_classification", "storage": str(tmp_path), "data": {"source": str(shapes_folder)},
+        "model": {"backbone": "resnet18", "weights": "none", "image_size": 32},
+        "training": {"epochs": 1, "batch_size": 95},
+    })  # fmt: skip
+    job = prepared(recipe)
+    train_worker(job, ALONE, lambda event: None)
+    position, _ = latest_state(Storage(recipe.storage), job.run)
+    assert (position.step, position.finished) == (2, True), "96 rows are one batch of 95 and one of 1"
