@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from orchestrator.data.cleaning import SPLITS, Verdict, find_leaks, find_repeats, group_by_hash
 from orchestrator.data.intake import Rows
 from orchestrator.data.schema import Schema
+from orchestrator.data.sources import WRONG_ENCODING
 from orchestrator.data.splits import at_random, by_group, by_time, check_labels, test_of, validation_of
 from orchestrator.errors import DataError
 from orchestrator.recipe import Recipe
@@ -111,7 +112,7 @@ class Facts:
             raise DataError(
                 f"{self.undecodable_rows} of {read} rows are not in the expected encoding, the first on "
                 f"{self._first_undecodable}",
-                "set data.encoding to the file's own, such as latin-1 or cp1252",
+                WRONG_ENCODING,
             )
         if not self.rows or not (self.column("verdict") == Verdict.KEPT).any():
             raise DataError(

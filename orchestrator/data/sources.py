@@ -31,6 +31,7 @@ FINGERPRINTS = "prepare/fingerprints.json"
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
                   "val": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
 _HASH_CHUNK_BYTES = 1 << 20
+WRONG_ENCODING = "set data.encoding to the file's own, such as latin-1 or cp1252"
 _SAMPLE_ROWS = 1000
 _FILES_PER_TASK = 16
 _SMALL_IMAGE_BYTES = 8192
@@ -122,7 +123,10 @@ class Source:
             return pa.concat_tables(parts).slice(0, _SAMPLE_ROWS)
         if bad:
             file, row = bad[0]
-            raise DataError(f"{file} has no row that can be read: line {row.line} {row.reason}", "see that line first")
+            raise DataError(
+                f"{file} has no row that can be read: line {row.line} {row.reason}",
+                WRONG_ENCODING if row.is_undecodable else "see that line first",
+            )
         raise DataError(f"{self.files[0].name} has no rows", "it needs rows below the column names")
 
     def batches(self) -> Iterator[SourceBatch]:
