@@ -1,0 +1,97 @@
+"""The path over two Ray nodes. The second one does not see the first one's folders, as on another machine: what they share
+is the storage, the data and the installed project."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from own_cluster import BIN, OwnCluster, own_cluster
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[OwnCluster]:
+    with own_cluster() as cluster:
+        (cluster.root / "tmp").mkdir()
+        cluster.environment["TMPDIR"] = str(cluster.root / "tmp")
+        cluster.start_head(cpus=1)
+        start_node_elsewhere(cluster)
+        wait_until(lambda: len(alive_nodes(cluster)) == 2, "the second node joins")
+        yield cluster
+
+
+def start_node_elsewhere(cluster: OwnCluster) -> None:
+    """A node in a mount namespace of its own, in which the cluster's folder (Ray's sessions, drivers' scratch) is empty."""
+    node = [BIN / "ray", "start", "--block", f"--address={cluster.address}", "--node-ip-address=127.0.0.1",
+            "--num-cpus=1", "--object-store-memory=200000000", f"--temp-dir={cluster.root}/ray"]  # fmt: skip
+    hide = f"mount -t tmpfs -o size=1g none {cluster.root} && mkdir {cluster.root}/tmp && exec \"$@\""
+    environment = {name: value for name, value in cluster.environment.items() if name != "RAY_AUTH_TOKEN_PATH"}
+    environment["RAY_AUTH_TOKEN"] = (cluster.root / "token").read_text()
+    log = (cluster.root / "node-elsewhere.log").open("w")
+    cluster.nodes.append(
+        subprocess.Popen(["unshare", "--mount", "sh", "-c", hide, "sh", *map(str, node)], env=environment, stdout=log,
+                         stderr=subprocess.STDOUT, text=True)
+    )  # fmt: skip
+
+
+def can_hide_folders() -> bool:
+    trial = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
+    return sys.platform == "linux" and subprocess.run(trial, capture_output=True).returncode == 0
+
+
+def state_of(cluster: OwnCluster, kind: str) -> list[dict[str, Any]]:
+    """What Ray's state API says about ``kind``: nodes, actors or tasks."""
+    token = (cluster.root / "token").read_text()
+    request = urllib.request.Request(
+        f"{cluster.dashboard}/api/v0/{kind}?detail=1&limit=10000", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        rows: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+    return rows
+
+
+def alive_nodes(cluster: OwnCluster) -> set[str]:
+    return {node["node_id"] for node in state_of(cluster, "nodes") if node["state"] == "ALIVE"}
+
+
+def wait_until(condition: Any, what: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, reviews_csv: Path, tiny_backbone: Path) -> Path:
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "recipe.yaml").write_text(
+        f"name: spread\ntask: text_classification\nstorage: {folder}/runs\ndata: {{source: {reviews_csv}}}\n"
+        f"model: {{backbone: {tiny_backbone}, max_tokens: 32}}\n"
+        "training: {epochs: 6, batch_size: 8, learning_rate: 2.0e-3, workers: 2}\n"
+        "evaluation: {bootstrap_samples: 100}\n"
+    )
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.skipif(not can_hide_folders(), reason="hiding folders from a node needs root on Linux")
+def test_both_nodes_train_and_evaluate_one_model(cluster: OwnCluster, recipe: Path) -> None:
+    walked = cluster.run(BIN / "orchestrator", "promote", recipe, "--address", cluster.address, "--json",
+                         cwd=recipe.parent)  # fmt: skip
+    assert walked.returncode == 0, walked.stderr[-4000:]
+    version = json.loads(walked.stdout.splitlines()[-1])
+    assert version["aliases"] == ["champion"] and version["metrics"]["accuracy"] > 0.85
+    model = json.loads(next((recipe.parent / "runs" / "train").glob("*/record.json")).read_text())
+    assert (model["workers"], model["resumed"]) == (2, 0)
+
+    nodes = alive_nodes(cluster)
+    trained = [actor for actor in state_of(cluster, "actors") if actor["class_name"] == "RayTrainWorker"]
+    assert len(trained) == 2 and {actor["node_id"] for actor in trained} == nodes
+    asked = [task for task in state_of(cluster, "tasks") if task["func_or_class_name"] == "_predict_share"]
+    assert len(asked) == 2 and {task["node_id"] for task in asked} == nodes
