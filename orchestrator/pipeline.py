@@ -46,6 +46,7 @@ from orchestrator.registry.promotion import Answers, Promote, decide
 from orchestrator.registry.store import CHALLENGER, CHAMPION, Registry
 from orchestrator.session import Session, connect, lasting_storage, refuse_unshared_storage
 from orchestrator.storage import (
+    EVALUATION,
     MODEL,
     PREDICTIONS,
     RECIPE,
@@ -289,7 +290,7 @@ class Pipeline:
         run = self.storage.path(model.location)
         results = self.storage.fetch(evaluation.location)
         files = {MODEL: self.storage.fetch(model.model_location), RECIPE: run / RECIPE,
-                 "evaluation.json": results / RECORD, REPORT: results / REPORT}  # fmt: skip
+                 EVALUATION: results / RECORD, REPORT: results / REPORT}  # fmt: skip
         return self.registry.register(draft, files)
 
     def _champion(self) -> VersionRecord | None:
@@ -304,7 +305,7 @@ class Pipeline:
     def _answers_of_champion(self, champion: VersionRecord, dataset: DatasetRecord) -> Answers:
         """The champion's answers on today's test rows: those it gave already, or given now if the data has changed."""
         folder = self.registry.open(champion)
-        earlier = EvaluationRecord.model_validate_json((folder / "evaluation.json").read_text(encoding="utf-8"))
+        earlier = EvaluationRecord.model_validate_json((folder / EVALUATION).read_text(encoding="utf-8"))
         if earlier.dataset == dataset.key:
             return self._answers(earlier)
         self.report(Event("promote", message=f"the data has changed: asking version {champion.version} again"))
@@ -371,13 +372,11 @@ class Pipeline:
         return {"stage": "serve", "stopped": stop_host(self.storage, self.recipe.serving.port)}
 
     def _deploy(self, version: VersionRecord, session: Session, pid: int | None) -> EndpointRecord:
-        from orchestrator.serving.on_ray import Served, deploy
+        from orchestrator.serving.on_ray import deploy
+        from orchestrator.serving.served import served_version
 
         started = time.monotonic()
-        self.registry.open(version)  # refuses a version whose files were changed, before anything is touched
-        location = f"{version.location}/{MODEL}"
-        served = Served(version.name, version.version, self.recipe.storage, location, self.recipe.serving)
-        url = deploy(served, self.report)
+        url = deploy(served_version(self.registry, version, self.recipe.serving), self.report)
         return self._endpoint(version, url, session.address, pid, time.monotonic() - started)
 
     def _endpoint(

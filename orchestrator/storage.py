@@ -34,6 +34,7 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 REPORT = "report.html"
+EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
 REGISTRY_DATABASE = "registry/registry.db"
 _CHUNK_BYTES = 1 << 20

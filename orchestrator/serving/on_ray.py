@@ -33,11 +33,11 @@ from orchestrator.recipe import Serving
 from orchestrator.serving.contract import Answers, ApiError, Input, Limits, ModelInfo
 from orchestrator.serving.feedback import append_feedback
 from orchestrator.serving.gateway import build_app, overloaded, wrong_version
-from orchestrator.serving.scaling import Latency, Scale, plan_scale
+from orchestrator.serving.served import MODEL_APP, ModelArguments, Served
 from orchestrator.storage import Storage
 
 log = logging.getLogger(__name__)
-_GATEWAY, _MODEL, _MODEL_APP = "gateway", "Model", "model-"
+_GATEWAY, _MODEL = "gateway", "Model"
 _LOOK_EVERY_S = 1.0
 _PATIENCE_S = 5.0
 """How long the gateway waits for a replica to say what it is."""
@@ -53,29 +53,6 @@ _CONTROLLER = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
 }
 _NO_ANSWER = (RayActorError, DeploymentUnavailableError)
-
-
-@dataclass(frozen=True)
-class Served:
-    """What a replica is made from: small, so that it can start on any node, and again."""
-
-    name: str
-    version: int
-    storage: str
-    """URL or absolute path of the storage root."""
-    location: str
-    """The model's folder below it, with a manifest."""
-    settings: Serving
-    latency: Latency | None = None
-    """Measured by evaluation; None: numbers are derived from the latency budget alone."""
-
-    @property
-    def app(self) -> str:
-        return _MODEL_APP + self.name
-
-    @property
-    def scale(self) -> Scale:
-        return plan_scale(self.settings, self.latency)
 
 
 # ----------------------------------------------------------------------------------------------------------- replicas
@@ -166,9 +143,9 @@ class RayModels:
     async def _look(self) -> None:
         """Forget models that are gone; ask what they are those that are new or have changed."""
         apps = (await asyncio.to_thread(serve.status)).applications
-        seen = {app.removeprefix(_MODEL_APP): (status.status.value, status.last_deployed_time_s)
+        seen = {app.removeprefix(MODEL_APP): (status.status.value, status.last_deployed_time_s)
                 for app, status in apps.items()
-                if app.startswith(_MODEL_APP) and status.status != "DELETING"}  # fmt: skip
+                if app.startswith(MODEL_APP) and status.status != "DELETING"}  # fmt: skip
         for name in (self.known.keys() | self.handles.keys()) - seen.keys():
             self.known.pop(name, None)
             self.handles.pop(name, None)
@@ -180,7 +157,7 @@ class RayModels:
     async def _ask(self, name: str, seen: tuple[str, float]) -> None:
         try:
             if name not in self.handles:
-                self.handles[name] = await asyncio.to_thread(serve.get_app_handle, _MODEL_APP + name)
+                self.handles[name] = await asyncio.to_thread(serve.get_app_handle, MODEL_APP + name)
             handle = self.handles[name]
             served, info = await asyncio.wait_for(handle.describe.remote(), _PATIENCE_S)
         except (*_NO_ANSWER, BackPressureError, RayServeException, TimeoutError):
@@ -255,8 +232,8 @@ def serving_status() -> dict[str, dict[str, Any]]:
     apps = serve.status().applications
     result = {}
     for app, status in apps.items():
-        if app.startswith(_MODEL_APP):
-            name = app.removeprefix(_MODEL_APP)
+        if app.startswith(MODEL_APP):
+            name = app.removeprefix(MODEL_APP)
             replicas = sum(d.replica_states.get("RUNNING", 0) for d in status.deployments.values())
             running = _running(name) if replicas else None
             result[name] = {"version": running.version if running else None, "status": status.status.value,
@@ -266,9 +243,9 @@ def serving_status() -> dict[str, dict[str, Any]]:
 
 def undeploy(name: str) -> bool:
     """Take a model off the endpoint, once its open requests are answered; False if it was not there."""
-    if _MODEL_APP + name not in serve.status().applications:
+    if MODEL_APP + name not in serve.status().applications:
         return False
-    serve.delete(_MODEL_APP + name)
+    serve.delete(MODEL_APP + name)
     return True
 
 
@@ -289,6 +266,16 @@ def check_port(host: str, port: int) -> None:
                 f"cannot listen on {host} port {port} ({error.strerror})",
                 "stop what listens there, or choose another: --set serving.port=8001",
             ) from None
+
+
+def gateway_application() -> Any:
+    """For a Serve config file: the application at ``/`` that answers for all models."""
+    return _gateway_app()
+
+
+def model_application(arguments: ModelArguments) -> Any:
+    """For a Serve config file: one model's application, which must be named ``model-NAME`` and have no route."""
+    return _model_app(arguments.resolve())
 
 
 # ---------------------------------------------------------------------------------------------------------- starting
@@ -414,10 +401,10 @@ def _reason(status: Any) -> str:
 
 def _running(name: str) -> Served | None:
     """What the replicas that answer now are made from."""
-    if _MODEL_APP + name not in serve.status().applications:
+    if MODEL_APP + name not in serve.status().applications:
         return None
     try:
-        served: Served = serve.get_app_handle(_MODEL_APP + name).describe.remote().result(timeout_s=_PATIENCE_S)[0]
+        served: Served = serve.get_app_handle(MODEL_APP + name).describe.remote().result(timeout_s=_PATIENCE_S)[0]
     except (*_NO_ANSWER, BackPressureError, RayServeException, TimeoutError):
         return None
     return served

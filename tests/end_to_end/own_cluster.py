@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -27,8 +27,8 @@ class OwnCluster:
 
     def __init__(self, root: Path) -> None:
         self.root, self.port, self.dashboard_port = root, free_port(), free_port()
-        token = root / "token"
-        token.write_text(secrets.token_hex(32))
+        self.token, token = secrets.token_hex(32), root / "token"
+        token.write_text(self.token)
         token.chmod(0o600)
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -50,17 +50,28 @@ class OwnCluster:
                     f"--temp-dir={self.root}/ray", f"--num-cpus={cpus}")  # fmt: skip
         self._wait(lambda: "dashboard" if _answers(f"{self.dashboard}/api/version") else None)
 
-    def start_worker(self, cpus: int = 1) -> None:
-        self._start(f"--address={self.address}", f"--num-cpus={cpus}")
+    def start_worker_elsewhere(self, cpus: int = 1) -> None:
+        """A node that finds this cluster's folder empty, Ray's sessions and drivers' scratch in it too, as on another
+        machine: it has a mount namespace of its own."""
+        hide = f'mount -t tmpfs -o size=1g none {self.root} && mkdir {self.root}/tmp && exec "$@"'
+        environment = self.environment | {"RAY_AUTH_TOKEN": self.token}
+        del environment["RAY_AUTH_TOKEN_PATH"]
+        self._start(f"--address={self.address}", f"--num-cpus={cpus}", f"--temp-dir={self.root}/ray",
+                    wrapper=("unshare", "--mount", "sh", "-c", hide, "sh"), environment=environment)  # fmt: skip
 
-    def _start(self, *options: str) -> None:
+    def _start(self, *options: str, wrapper: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         ports = [f"--{name}-port={free_port()}" for name in _PORTS]
-        command = [BIN / "ray", "start", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000",
+        command = [*wrapper, BIN / "ray", "start", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000",
                    *ports, *options]  # fmt: skip
         log = (self.root / f"node-{len(self.nodes)}.log").open("w")
         self.nodes.append(
             subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+                command,
+                env=environment or self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
             )
         )
 

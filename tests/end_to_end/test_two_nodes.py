@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 from own_cluster import BIN, OwnCluster, own_cluster
 
-pytestmark = pytest.mark.ray
+
+def can_hide_folders() -> bool:
+    trial = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
+    return sys.platform == "linux" and subprocess.run(trial, capture_output=True).returncode == 0
+
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(not can_hide_folders(), reason="hiding folders from a node needs root on Linux"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,35 +31,20 @@ def cluster() -> Iterator[OwnCluster]:
         (cluster.root / "tmp").mkdir()
         cluster.environment["TMPDIR"] = str(cluster.root / "tmp")
         cluster.start_head(cpus=1)
-        start_node_elsewhere(cluster)
+        cluster.start_worker_elsewhere(cpus=1)
         wait_until(lambda: len(alive_nodes(cluster)) == 2, "the second node joins")
         yield cluster
 
 
-def start_node_elsewhere(cluster: OwnCluster) -> None:
-    """A node in a mount namespace of its own, in which the cluster's folder (Ray's sessions, drivers' scratch) is empty."""
-    node = [BIN / "ray", "start", "--block", f"--address={cluster.address}", "--node-ip-address=127.0.0.1",
-            "--num-cpus=1", "--object-store-memory=200000000", f"--temp-dir={cluster.root}/ray"]  # fmt: skip
-    hide = f"mount -t tmpfs -o size=1g none {cluster.root} && mkdir {cluster.root}/tmp && exec \"$@\""
-    environment = {name: value for name, value in cluster.environment.items() if name != "RAY_AUTH_TOKEN_PATH"}
-    environment["RAY_AUTH_TOKEN"] = (cluster.root / "token").read_text()
-    log = (cluster.root / "node-elsewhere.log").open("w")
-    cluster.nodes.append(
-        subprocess.Popen(["unshare", "--mount", "sh", "-c", hide, "sh", *map(str, node)], env=environment, stdout=log,
-                         stderr=subprocess.STDOUT, text=True)
-    )  # fmt: skip
-
-
-def can_hide_folders() -> bool:
-    trial = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
-    return sys.platform == "linux" and subprocess.run(trial, capture_output=True).returncode == 0
+def folder_seen_by(process: subprocess.Popen[str], folder: Path) -> set[str]:
+    """Names in a folder as this process finds it."""
+    return {path.name for path in Path(f"/proc/{process.pid}/root{folder}").iterdir()}
 
 
 def state_of(cluster: OwnCluster, kind: str) -> list[dict[str, Any]]:
     """What Ray's state API says about ``kind``: nodes, actors or tasks."""
-    token = (cluster.root / "token").read_text()
     request = urllib.request.Request(
-        f"{cluster.dashboard}/api/v0/{kind}?detail=1&limit=10000", headers={"Authorization": f"Bearer {token}"}
+        f"{cluster.dashboard}/api/v0/{kind}?detail=1&limit=10000", headers={"Authorization": f"Bearer {cluster.token}"}
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         rows: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
@@ -80,11 +74,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, reviews_csv: Path, tiny_bac
     return folder / "recipe.yaml"
 
 
-@pytest.mark.skipif(not can_hide_folders(), reason="hiding folders from a node needs root on Linux")
 def test_both_nodes_train_and_evaluate_one_model(cluster: OwnCluster, recipe: Path) -> None:
     walked = cluster.run(BIN / "orchestrator", "promote", recipe, "--address", cluster.address, "--json",
                          cwd=recipe.parent)  # fmt: skip
     assert walked.returncode == 0, walked.stderr[-4000:]
+    first, second = cluster.nodes
+    assert {"token", "ray", "tmp"} <= folder_seen_by(first, cluster.root)
+    assert folder_seen_by(second, cluster.root) == {"ray", "tmp"}
     version = json.loads(walked.stdout.splitlines()[-1])
     assert version["aliases"] == ["champion"] and version["metrics"]["accuracy"] > 0.85
     model = json.loads(next((recipe.parent / "runs" / "train").glob("*/record.json")).read_text())
@@ -95,3 +91,10 @@ def test_both_nodes_train_and_evaluate_one_model(cluster: OwnCluster, recipe: Pa
     assert len(trained) == 2 and {actor["node_id"] for actor in trained} == nodes
     asked = [task for task in state_of(cluster, "tasks") if task["func_or_class_name"] == "_predict_share"]
     assert len(asked) == 2 and {task["node_id"] for task in asked} == nodes
+
+
+def test_a_relative_storage_is_refused_where_the_other_node_could_not_see_it(cluster: OwnCluster, recipe: Path) -> None:
+    submitted = cluster.run(BIN / "orchestrator", "submit", "train", recipe, "--storage", "results", "--address",
+                            cluster.dashboard, cwd=recipe.parent)  # fmt: skip
+    assert submitted.returncode == 2, submitted.stderr[-4000:]
+    assert "storage 'results' is relative and would lie on the head node alone" in submitted.stderr

@@ -46,7 +46,7 @@ TEXTS = [f"the coffee was {word} and we bought this" for word in ("great", "stal
 
 
 def served(storage: Storage, settings: Serving, name: str, version: int) -> Any:
-    from orchestrator.serving.on_ray import Served
+    from orchestrator.serving.served import Served
 
     return Served(name, version, storage.url, version_location(name, version), settings)
 
