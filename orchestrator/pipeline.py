@@ -47,6 +47,7 @@ from orchestrator.registry.store import CHALLENGER, CHAMPION, Registry
 from orchestrator.session import Session, connect, lasting_storage, refuse_unshared_storage
 from orchestrator.storage import (
     EVALUATION,
+    METRICS,
     MODEL,
     PREDICTIONS,
     RECIPE,
@@ -169,6 +170,7 @@ class Pipeline:
         placement = place_workers(self.recipe.training, self.session.resources)
         run = stage_location("train", self.recipe.name, key)
         atomic_write(self.storage.path(run) / RECIPE, to_yaml(self.recipe).encode())
+        self.storage.push(f"{run}/{RECIPE}")
         job = TrainJob(self.recipe, run, dataset.location, dataset.labels)
         self.report(Event("train", message=f"{self.task.backbone(self.recipe.model)} on {placement.workers} "
                                            f"{placement.device} workers"))  # fmt: skip
@@ -184,7 +186,7 @@ class Pipeline:
         from orchestrator.training.state import latest_state
 
         position, _ = latest_state(self.storage, run)
-        epochs = [line for line in read_metrics(self.storage.path(run)) if line["kind"] == "validation"]
+        epochs = [line for line in read_metrics(self.storage.pull(f"{run}/{METRICS}")) if line["kind"] == "validation"]
         folder = self.storage.fetch(f"{run}/{MODEL}")
         metric = self.recipe.training.best_metric
         trained_rows = position.step * self.recipe.training.batch_size
@@ -259,9 +261,8 @@ class Pipeline:
         size = dataset.image_size
         picture = None if size is None else lambda row: picture_of(split, row, size)
         rows = TestRows(split.labels, probabilities, split.column("raw").to_pylist(), picture)
-        steps = [
-            (m["step"], m["loss"]) for m in read_metrics(self.storage.path(model.location)) if m["kind"] == "train"
-        ]
+        metrics = read_metrics(self.storage.pull(f"{model.location}/{METRICS}"))
+        steps = [(m["step"], m["loss"]) for m in metrics if m["kind"] == "train"]
         write_report(path, record, model, dataset, rows, steps, self.recipe.evaluation.mistakes)
 
     # ------------------------------------------------------------------------------------------------------- promote
@@ -287,9 +288,8 @@ class Pipeline:
             evaluation=evaluation.key, metrics={n: i.value for n, i in evaluation.metrics.items()},
             code_version=code_version(), created_at=datetime.now(UTC).isoformat(), manifest_sha256="",
         )  # fmt: skip
-        run = self.storage.path(model.location)
         results = self.storage.fetch(evaluation.location)
-        files = {MODEL: self.storage.fetch(model.model_location), RECIPE: run / RECIPE,
+        files = {MODEL: self.storage.fetch(model.model_location), RECIPE: self.storage.pull(f"{model.location}/{RECIPE}"),
                  EVALUATION: results / RECORD, REPORT: results / REPORT}  # fmt: skip
         return self.registry.register(draft, files)
 

@@ -180,6 +180,23 @@ class Storage:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
+    def push(self, location: str) -> None:
+        """Bring a file or folder that grows in its local place to a remote root; a local root already has it."""
+        path = self.path(location)
+        if self.is_local or not path.exists():
+            return
+        for file in [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()):
+            self._upload_file(file, f"{location}/{file.relative_to(path).as_posix()}".removesuffix("/."))
+
+    def pull(self, location: str) -> Path:
+        """The local place of such a file or folder, brought up to date from a remote root."""
+        path = self.path(location)
+        if not self.is_local:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                fs.copy_files(self._remote(location), str(path), source_filesystem=self.filesystem)
+        return path
+
     def write_json(self, location: str, value: Any) -> None:
         """Write one JSON file atomically."""
         with disk_errors(self.path(location)):

@@ -7,7 +7,7 @@ torch.distributed only if a process group is there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -60,7 +60,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss_sum = 0.0
     for index, batch in enumerate(micro_batches):
-        with _synchronise(network, last=index == len(micro_batches) - 1), autocast(compute.precision, compute.device):
+        last, lonely = index == len(micro_batches) - 1, len(batch.labels) == 1
+        with _synchronise(network, last=last), autocast(compute.precision, compute.device), _statistics(network, lonely):
             losses = row_losses(network(**batch.inputs).float(), batch.labels)
             loss = (losses * batch.weights).sum() * (compute.world / total_weight)
             loss.backward()
@@ -77,6 +78,19 @@ def _synchronise(network: nn.Module, *, last: bool) -> AbstractContextManager[No
         waiting: AbstractContextManager[None] = network.no_sync()
         return waiting
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _statistics(network: nn.Module, lonely: bool) -> Iterator[None]:
+    """One row alone has no variance: batch norms then use their running statistics, and leave them as they are."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training] if lonely else []
+    try:
+        for norm in norms:
+            norm.eval()
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def predict(

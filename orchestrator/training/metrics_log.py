@@ -19,7 +19,7 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self.file = folder / METRICS
-        kept = [line for line in read_metrics(folder) if line["step"] <= resume_step]
+        kept = [line for line in read_metrics(self.file) if line["step"] <= resume_step]
         atomic_write(self.file, b"".join(_line(values) for values in kept))
         self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=resume_step + 1)
         self.handle = self.file.open("ab")
@@ -32,15 +32,18 @@ class MetricsLog:
             if isinstance(value, int | float):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
+    def flush(self) -> None:
+        self.board.flush()
+
     def close(self) -> None:
         self.handle.close()
         self.board.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(file: Path) -> list[dict[str, Any]]:
     """All whole lines in order; a line that a kill left half-written is left out."""
     try:
-        lines = (folder / METRICS).read_bytes().splitlines(keepends=True)
+        lines = file.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]

@@ -25,7 +25,7 @@ from orchestrator.evaluation.metrics import summary
 from orchestrator.models.checkpoint import save_model
 from orchestrator.progress import Event
 from orchestrator.recipe import Recipe
-from orchestrator.storage import MODEL, Storage
+from orchestrator.storage import METRICS, MODEL, TENSORBOARD, Storage
 from orchestrator.tasks import TASKS
 from orchestrator.training.loop import Compute, MicroBatch, predict, train_step
 from orchestrator.training.metrics_log import MetricsLog
@@ -33,6 +33,7 @@ from orchestrator.training.optim import build_optimizer, schedule_factor, set_le
 from orchestrator.training.precision import resolve_precision
 from orchestrator.training.state import Position, latest_state, load_tensors, save_state
 
+_GROWING = (METRICS, TENSORBOARD)
 _REPORT_EVERY_S = 0.5
 
 
@@ -85,7 +86,6 @@ class _Worker:
     def _build(self, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)  # the head's weights, the same on every worker
         self.network = self.task.network(recipe.model, self.job.labels).to(self.compute.device).train()
-        self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
         self.peak_rate = self.task.learning_rate(recipe)
         self.optimizer = build_optimizer(self.network, self.peak_rate, self.settings.weight_decay)
         self.total_steps = self.settings.epochs * len(self._plan(0))
@@ -103,14 +103,19 @@ class _Worker:
             self.parallel = nn.parallel.DistributedDataParallel(self.network, device_ids=cuda)
 
     def run(self) -> None:
-        run_folder = self.storage.path(self.job.run)
-        self.log = MetricsLog(run_folder, self.position.step) if self.leads else None
+        self.log = self._open_log() if self.leads else None
         try:
             while not self.position.finished:
                 self._epoch()
         finally:
             if self.log:
                 self.log.close()
+
+    def _open_log(self) -> MetricsLog:
+        """The run may go on in another place than it began."""
+        for name in _GROWING:
+            self.storage.pull(f"{self.job.run}/{name}")
+        return MetricsLog(self.storage.path(self.job.run), self.position.step)
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
         return plan_epoch(
@@ -155,10 +160,8 @@ class _Worker:
         for part in np.array_split(mine, self.settings.accumulate_steps):
             idle = len(part) == 0
             rows = batch[:1] if idle else part  # an idle worker computes one row that weighs nothing
-            weights = np.zeros(1, np.float32) if idle else self.class_weights[self.train.labels[rows]]
-            if self.has_batch_norm and len(rows) == 1:  # which has no statistics of one row: it counts as two halves
-                rows, weights = np.repeat(rows, 2), np.repeat(weights / 2, 2)
             labels = self.train.labels[rows]
+            weights = np.zeros(1, np.float32) if idle else self.class_weights[labels]
             yield MicroBatch(
                 self._inputs(self.train.inputs(rows), rows),
                 torch.from_numpy(labels.astype(np.int64)).to(self.compute.device),
@@ -242,10 +245,13 @@ class _Worker:
         self.emit(Event("train", message=line))
 
     def _checkpoint(self) -> None:
-        if self.leads:
+        if self.log:
             save_state(
                 self.storage, self.job.run, self.position, self.network.state_dict(), self.optimizer.state_dict()
             )
+            self.log.flush()
+            for name in _GROWING:
+                self.storage.push(f"{self.job.run}/{name}")
         if self.compute.world > 1:
             distributed.barrier()
 

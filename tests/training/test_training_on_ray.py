@@ -18,7 +18,7 @@ from orchestrator.errors import OrchestratorError, ResourceError, TrainingFailed
 from orchestrator.progress import Event
 from orchestrator.recipe import Training, parse_recipe
 from orchestrator.session import Resources, Session
-from orchestrator.storage import MODEL, Storage, sha256_file
+from orchestrator.storage import METRICS, MODEL, Storage, sha256_file
 from orchestrator.tasks import TASKS
 from orchestrator.training.metrics_log import read_metrics
 from orchestrator.training.state import latest_state
@@ -97,11 +97,11 @@ def test_a_worker_killed_at_any_step_is_started_again_and_ends_with_the_same_wei
 
 
 def lines_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(folder) if line["kind"] == kind]
+    return [line for line in read_metrics(folder / METRICS) if line["kind"] == kind]
 
 
 def last_step(folder: Path) -> int:
-    return max((line["step"] for line in read_metrics(folder)), default=0)
+    return max((line["step"] for line in read_metrics(folder / METRICS)), default=0)
 
 
 def training_processes() -> list[int]:

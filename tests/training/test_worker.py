@@ -10,7 +10,7 @@ from orchestrator.data.sources import open_source
 from orchestrator.errors import IntegrityError
 from orchestrator.progress import Event
 from orchestrator.recipe import Recipe, parse_recipe
-from orchestrator.storage import MODEL, Storage, sha256_file
+from orchestrator.storage import METRICS, MODEL, Storage, sha256_file
 from orchestrator.tasks import TASKS
 from orchestrator.training.metrics_log import read_metrics
 from orchestrator.training.state import latest_state
@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(job: TrainJob, monkeypatch: p
     weights = [sha256_file(whole.path(f"{run}/{MODEL}/model.safetensors")) for run in (job.run, parts.run)]
     assert weights[0] == weights[1]
     assert latest_state(whole, parts.run)[0].resumed == 3
-    steps = [line["step"] for line in read_metrics(whole.path(parts.run)) if line["kind"] == "train"]
+    steps = [line["step"] for line in read_metrics(whole.path(f"{parts.run}/{METRICS}")) if line["kind"] == "train"]
     assert steps == list(range(1, 241))
 
 
