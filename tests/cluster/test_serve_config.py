@@ -1,0 +1,77 @@
+"""The Serve config, alone and inside the RayService: what Serve's own schema and our own applications say of it."""
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from orchestrator.serving.served import MODEL_APP
+
+CLUSTER = Path(__file__).parent.parent.parent / "cluster"
+
+
+def alone() -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((CLUSTER / "serve-config.yaml").read_text())
+    return values
+
+
+def inside_the_service() -> dict[str, Any]:
+    service = yaml.safe_load((CLUSTER / "rayservice.yaml").read_text())
+    values: dict[str, Any] = yaml.safe_load(service["spec"]["serveConfigV2"])
+    return values
+
+
+def misspelt(values: dict[str, Any], model: type[BaseModel]) -> set[str]:
+    """Serve's schema takes unknown keys in silence: those of ``values`` that it does not know."""
+    return values.keys() - model.model_fields.keys()
+
+
+def test_the_service_deploys_the_same_config() -> None:
+    assert inside_the_service() == alone()
+
+
+def test_serve_knows_every_key() -> None:
+    values = alone()
+    config = ServeDeploySchema.model_validate(values)
+    assert not misspelt(values, ServeDeploySchema)
+    assert not misspelt(values["http_options"], type(config.http_options))
+    assert not misspelt(values["logging_config"], type(config.logging_config))
+    for given, application in zip(values["applications"], config.applications, strict=True):
+        assert not misspelt(given, type(application))
+
+
+def builder_of(application: dict[str, Any]) -> tuple[Any, inspect.Parameter]:
+    """The function an application is built by, and its one parameter, as Serve looks at them."""
+    module, name = application["import_path"].split(":")
+    function = getattr(import_module(module), name)
+    (parameter,) = inspect.signature(function).parameters.values()
+    return function, parameter
+
+
+@pytest.mark.parametrize("application", alone()["applications"], ids=lambda a: a["name"])
+def test_each_application_can_be_built_with_its_arguments(application: dict[str, Any]) -> None:
+    _, parameter = builder_of(application)
+    if "args" in application:
+        assert inspect.isclass(parameter.annotation) and issubclass(parameter.annotation, BaseModel)
+        parameter.annotation.model_validate(application["args"])
+        with pytest.raises(ValidationError, match="strorage"):
+            parameter.annotation.model_validate(application["args"] | {"strorage": "elsewhere"})
+
+
+def test_one_gateway_answers_and_each_model_has_the_name_that_the_gateway_looks_for() -> None:
+    gateway, *models = alone()["applications"]
+    assert gateway["route_prefix"] == "/" and models
+    for model in models:
+        assert model["route_prefix"] is None
+        assert model["name"] == MODEL_APP + model["args"]["name"]
+
+
+def test_the_front_door_that_the_config_names_is_there() -> None:
+    (path,) = alone()["controller_options"]["runtime_env"]["env_vars"].values()
+    module, _, name = path.rpartition(".")
+    assert callable(getattr(import_module(module), name))
