@@ -12,12 +12,14 @@ import os
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import ResourceError
+from orchestrator.errors import ResourceError, StageError
 
 _EXCLUDED = [".git", ".venv", "/runs", "__pycache__", "*.pyc", ".*_cache", ".hypothesis"]
 _USER_ERROR_STATUS = 2
+_ATTEMPTS, _RETRY_DELAY_S = 10, 1.0
 
 
 def submit_job(address: str, verb: str, arguments: list[str]) -> int:
@@ -25,27 +27,44 @@ def submit_job(address: str, verb: str, arguments: list[str]) -> int:
 
     Raises:
         ResourceError: no job server answers at the address, or it refuses the job.
+        StageError: the job server was lost while the job ran.
     """
     # Data is often what git ignores; the environment and the results, which are too large, are left out by name.
     os.environ.setdefault("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
     client = _client(address)
+    job = _submit(client, address, verb, arguments)
+    _say(f"[submit] job {job}: follow it with: ray job logs {job} --address {address}")
     try:
-        job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", f"jobs.{verb}", *arguments]),
+        last_line = asyncio.run(_stream(client, job))
+        return _finish(client, job, last_line)
+    except KeyboardInterrupt:
+        client.stop_job(job)
+        raise
+
+
+def _submit(client: Any, address: str, verb: str, arguments: list[str]) -> str:
+    recipe, *options = arguments
+    try:
+        job: str = client.submit_job(
+            entrypoint=shlex.join(["python", "-m", f"jobs.{verb}", _from_here(recipe), *options]),
             runtime_env={"working_dir": ".", "excludes": _EXCLUDED},
             metadata={"submitted_by": "orchestrator", "verb": verb},
         )
     except Exception as error:  # noqa: BLE001  the client raises bare exceptions for every refusal
+        too_large = "Package size" in str(error)
         raise ResourceError(
-            f"{address} refused the job ({_first_line(error)})", "check its token and its free disk"
+            f"{address} refused the job ({_first_line(error)})",
+            "put the data where the cluster sees them, or name what is to stay here in .rayignore"
+            if too_large
+            else "check its token and its free disk",
         ) from None
-    print(f"[submit] job {job}: follow it with: ray job logs {job} --address {address}", file=sys.stderr)  # noqa: T201
-    try:
-        last_line = asyncio.run(_stream(client, job))
-    except KeyboardInterrupt:
-        client.stop_job(job)
-        raise
-    return _finish(client, job, last_line)
+    return job
+
+
+def _from_here(recipe: str) -> str:
+    """The recipe's path in the job, whose folder is a copy of this one. One that lies elsewhere must be there as well."""
+    path = Path(recipe).expanduser().resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _client(address: str) -> Any:
@@ -61,30 +80,48 @@ def _client(address: str) -> Any:
 
 
 async def _stream(client: Any, job: str) -> str:
-    """Print the log as it comes; returns its last line."""
+    """Print the log as it comes; returns its last line. A line may come in parts."""
     last_line = ""
-    async for chunk in client.tail_job_logs(job):
-        print(chunk, end="", file=sys.stderr, flush=True)  # noqa: T201
-        last_line = next((line for line in reversed(chunk.splitlines()) if line.strip()), last_line)
-    return last_line
+    try:
+        async for chunk in client.tail_job_logs(job):
+            print(chunk, end="", file=sys.stderr, flush=True)  # noqa: T201
+            text = last_line + chunk
+            last_line = text[text.rstrip().rfind("\n") + 1 :]
+    except Exception as error:  # noqa: BLE001  aiohttp's and Ray's own
+        _say(f"[submit] the log stopped coming ({_first_line(error)}); waiting for the job's end")
+    return last_line.strip()
 
 
 def _finish(client: Any, job: str, last_line: str) -> int:
-    status = _final_status(client, job)
-    if status == "SUCCEEDED":
+    details = _ended(client, job)
+    if details.status == "SUCCEEDED":
         if _is_json(last_line):
             print(last_line)  # noqa: T201
         return 0
-    details = client.get_job_info(job)
-    print(f"error: job {job} ended as {status}", file=sys.stderr)  # noqa: T201
+    # Without an exit status the command never ran: only Ray knows why.
+    reason = "" if details.driver_exit_code is not None else f" ({_first_line(details.message)})"
+    _say(f"error: job {job} ended as {details.status.value}{reason}")
     return _USER_ERROR_STATUS if details.driver_exit_code == _USER_ERROR_STATUS else 1
 
 
-def _final_status(client: Any, job: str) -> str:
-    """The job's end is recorded a moment after its log ends."""
-    while not (status := client.get_job_status(job)).is_terminal():
+def _ended(client: Any, job: str) -> Any:
+    """The job's details once it has ended, which is recorded a moment after its log ends."""
+    failures = 0
+    while True:
+        try:
+            details = client.get_job_info(job)
+        except Exception as error:  # noqa: BLE001
+            failures += 1
+            if failures == _ATTEMPTS:
+                raise StageError(
+                    f"the job server was lost ({_first_line(error)})", f"job {job} may go on: ask for its status later"
+                ) from None
+            time.sleep(_RETRY_DELAY_S)
+            continue
+        if details.status.is_terminal():
+            return details
+        failures = 0
         time.sleep(0.3)
-    return str(status.value)
 
 
 def _is_json(line: str) -> bool:
@@ -94,5 +131,9 @@ def _is_json(line: str) -> bool:
         return False
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _first_line(problem: object) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
