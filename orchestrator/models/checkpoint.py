@@ -6,7 +6,11 @@ the tokenizer's files, ``preprocess.json``, ``labels.json``, ``card.json``; ``ma
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.encoders import load_encoder
@@ -46,10 +51,27 @@ class SavedModel:
 
 def save_model(folder: Path, network: Network, encoder: Encoder, labels: tuple[str, ...], task: str) -> None:
     """Write the model into an existing folder (which ``Storage.publish`` then seals with a manifest)."""
-    network.save(folder)
+    with system_errors():
+        network.save(folder)
     encoder.save(folder)
     _write_json(folder / LABELS, list(labels))
     _write_json(folder / CARD, {"task": task, "parameters": count_parameters(network)})
+
+
+@contextlib.contextmanager
+def system_errors() -> Iterator[None]:
+    """The system's error that a library hides: torch has it as context of its own, safetensors tells its number in words.
+
+    Raises OSError, such as for a full disk, instead of theirs.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+        raise
 
 
 def load_model(folder: Path, *, device: str = "cpu", verify: bool = True) -> SavedModel:

@@ -61,7 +61,11 @@ def train_step(
     loss_sum = 0.0
     for index, batch in enumerate(micro_batches):
         last, lonely = index == len(micro_batches) - 1, len(batch.labels) == 1
-        with _synchronise(network, last=last), autocast(compute.precision, compute.device), _statistics(network, lonely):
+        with (
+            _synchronise(network, last=last),
+            autocast(compute.precision, compute.device),
+            _statistics(network, lonely),
+        ):
             losses = row_losses(network(**batch.inputs).float(), batch.labels)
             loss = (losses * batch.weights).sum() * (compute.world / total_weight)
             loss.backward()
@@ -83,7 +87,11 @@ def _synchronise(network: nn.Module, *, last: bool) -> AbstractContextManager[No
 @contextlib.contextmanager
 def _statistics(network: nn.Module, lonely: bool) -> Iterator[None]:
     """One row alone has no variance: batch norms then use their running statistics, and leave them as they are."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training] if lonely else []
+    norms = (
+        [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        if lonely
+        else []
+    )
     try:
         for norm in norms:
             norm.eval()

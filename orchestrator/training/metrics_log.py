@@ -7,37 +7,66 @@ drops the lines of the steps it is about to do again.
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.storage import METRICS, TENSORBOARD, atomic_write
+from orchestrator.storage import METRICS, TENSORBOARD, atomic_write, disk_errors
 
 
 class MetricsLog:
+    """Raises DiskFull from every method when there is no room."""
+
     def __init__(self, folder: Path, resume_step: int) -> None:
         """Lines with a step above ``resume_step`` are dropped: they will be written again."""
-        from tensorboardX import SummaryWriter
-
         self.file = folder / METRICS
         kept = [line for line in read_metrics(self.file) if line["step"] <= resume_step]
-        atomic_write(self.file, b"".join(_line(values) for values in kept))
-        self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=resume_step + 1)
-        self.handle = self.file.open("ab")
+        with disk_errors(self.file):
+            atomic_write(self.file, b"".join(_line(values) for values in kept))
+            self.board = _Board(folder / TENSORBOARD, resume_step)
+            self.handle = self.file.open("ab")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """``kind``: ``train`` (a step) or ``validation`` (an epoch)."""
-        self.handle.write(_line({"kind": kind, "step": step, **values}))
-        self.handle.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        with disk_errors(self.file):
+            self.handle.write(_line({"kind": kind, "step": step, **values}))
+            self.handle.flush()
+            self.board.write(step, {f"{kind}/{n}": float(v) for n, v in values.items() if isinstance(v, int | float)})
 
     def flush(self) -> None:
-        self.board.flush()
+        """What was written so far survives a power cut."""
+        with disk_errors(self.file):
+            os.fsync(self.handle.fileno())
+            self.board.events.flush()
 
     def close(self) -> None:
-        self.handle.close()
-        self.board.close()
+        with disk_errors(self.file):
+            self.handle.close()
+            self.board.events.close()
+
+
+class _Board:
+    """TensorBoard's file, written in the caller's thread.
+
+    tensorboardX's SummaryWriter has a thread of its own: a full disk ends it without a word, and then the next events
+    wait for it for ever.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._summary = Event, Summary
+        self.events = EventsWriter(str(folder / "events"), f".{resume_step}")  # its name has but a time in seconds
+        # From here on a reader forgets what an earlier attempt wrote about these steps.
+        self.events.write_event(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        summary = self._summary(value=[self._summary.Value(tag=name, simple_value=v) for name, v in values.items()])
+        self.events.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

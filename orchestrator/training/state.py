@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from orchestrator.errors import IntegrityError
+from orchestrator.models.checkpoint import system_errors
 from orchestrator.storage import CHECKPOINTS, Storage, checkpoint_location
 
 _TENSORS, _POSITION = "tensors.pt", "position.json"
@@ -43,9 +44,10 @@ class Position:
 def save_state(
     storage: Storage, run: str, position: Position, network: dict[str, Any], optimizer: dict[str, Any], keep: int = 2
 ) -> None:
-    """Publish a checkpoint, then drop all but the newest ``keep``."""
+    """Publish a checkpoint, then drop all but the newest ``keep``. Raises DiskFull."""
     with storage.publish(checkpoint_location(run, position.step)) as folder:
-        torch.save({"network": network, "optimizer": optimizer}, folder / _TENSORS)
+        with system_errors(), (folder / _TENSORS).open("wb") as file:
+            torch.save({"network": network, "optimizer": optimizer}, file)
         (folder / _POSITION).write_text(json.dumps(asdict(position)), encoding="utf-8")
     for old in storage.children(f"{run}/{CHECKPOINTS}")[:-keep]:
         storage.remove(f"{run}/{CHECKPOINTS}/{old}")

@@ -6,6 +6,7 @@ best epoch's model, checkpoints, metrics. Runs alone as well as among many; know
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from orchestrator.data.batches import evaluation_batches, plan_epoch, share
 from orchestrator.data.dataset import Split
 from orchestrator.data.encoders import load_encoder
 from orchestrator.data.images import ImageEncoder
+from orchestrator.errors import TrainingFailed
 from orchestrator.evaluation.metrics import summary
 from orchestrator.models.checkpoint import save_model
 from orchestrator.progress import Event
@@ -142,6 +144,11 @@ class _Worker:
             max_grad_norm=self.settings.max_grad_norm,
         )  # fmt: skip
         loss = self._sum_over_workers(loss)
+        if not math.isfinite(loss):
+            raise TrainingFailed(
+                f"the loss is {loss} at step {at.step + 1} (epoch {at.epoch + 1}, learning rate {rate:.3g})",
+                "lower training.learning_rate, set training.precision: fp32, or check the backbone's weights",
+            )
         seconds = time.perf_counter() - started
         self.position = replace(
             at, batch=at.batch + 1, step=at.step + 1, loss_sum=at.loss_sum + loss, seconds=at.seconds + seconds
@@ -246,12 +253,12 @@ class _Worker:
 
     def _checkpoint(self) -> None:
         if self.log:
+            self.log.flush()  # the log first: whoever goes on from the checkpoint finds the lines of all steps before it
+            for name in _GROWING:
+                self.storage.push(f"{self.job.run}/{name}")
             save_state(
                 self.storage, self.job.run, self.position, self.network.state_dict(), self.optimizer.state_dict()
             )
-            self.log.flush()
-            for name in _GROWING:
-                self.storage.push(f"{self.job.run}/{name}")
         if self.compute.world > 1:
             distributed.barrier()
 

@@ -139,3 +139,23 @@ def test_auto_precision_is_bf16_only_where_hardware_has_it() -> None:
     in_hardware = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16")
     assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if in_hardware else "fp32")
     assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.body(x)).relu())
+
+
+def test_a_row_alone_uses_the_running_statistics_and_leaves_them_as_they_are() -> None:
+    torch.manual_seed(0)
+    network = Normed()
+    step(network, [batch(8)])
+    mean, body = network.norm.running_mean.clone(), network.body.weight.detach().clone()
+    step(network, [batch(1)])
+    torch.testing.assert_close(network.norm.running_mean, mean, rtol=0, atol=0)
+    assert not torch.equal(network.body.weight, body), "and still it learns from the row"
+    assert network.norm.training

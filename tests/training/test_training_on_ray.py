@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.data.prepare import content_key, prepare
 from orchestrator.data.sources import open_source
-from orchestrator.errors import OrchestratorError, ResourceError, TrainingFailed
+from orchestrator.errors import IntegrityError, ResourceError, TrainingFailed
 from orchestrator.progress import Event
 from orchestrator.recipe import Training, parse_recipe
 from orchestrator.session import Resources, Session
@@ -25,17 +25,17 @@ from orchestrator.training.state import latest_state
 from orchestrator.training.worker import TrainJob
 
 pytestmark = pytest.mark.ray
-EPOCHS = 12
+EPOCHS = 8
 STEPS = EPOCHS * 40
 
 
 @pytest.fixture(scope="module")
 def job(reviews_csv: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
-    """Epochs of forty steps on two workers, checkpoints every ten steps."""
+    """Epochs of forty steps on two workers, checkpoints every fifteen steps."""
     recipe = parse_recipe(
         f"name: r\ntask: text_classification\nstorage: {tmp_path_factory.mktemp('runs')}\n"
         f"data: {{source: {reviews_csv}}}\nmodel: {{backbone: {tiny_backbone}, max_tokens: 32}}\n"
-        f"training: {{epochs: {EPOCHS}, batch_size: 8, learning_rate: 1.0e-3, checkpoint_every_steps: 10, workers: 2}}\n"
+        f"training: {{epochs: {EPOCHS}, batch_size: 8, learning_rate: 2.0e-3, checkpoint_every_steps: 15, workers: 2}}\n"
     )
     storage, source = Storage(recipe.storage), open_source(recipe.data)
     encoder = TASKS[recipe.task].encoder(recipe.model, ())
@@ -127,16 +127,26 @@ def ancestors(pid: int) -> list[int]:
     return chain
 
 
-def test_a_worker_that_raises_is_one_clear_error(job: TrainJob, ray_session: Session) -> None:
-    training = job.recipe.training.model_copy(update={"learning_rate": 10.0, "max_grad_norm": None, "epochs": 1})
-    recipe = job.recipe.model_copy(update={"training": training})
-    broken = Storage(recipe.storage).path("train/poisoned")
-    broken.mkdir(parents=True)
-    (broken / "metrics.jsonl").mkdir()  # a folder where the log should be: the worker cannot write
-    with pytest.raises(OrchestratorError) as caught:
-        train(TrainJob(recipe, "train/poisoned", job.dataset, job.labels), ray_session)
-    assert isinstance(caught.value, TrainingFailed) and "IsADirectoryError" in str(caught.value)
-    assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 500
+def test_what_a_worker_says_is_wrong_is_the_error(job: TrainJob, ray_session: Session) -> None:
+    model = Storage(job.recipe.storage).path(f"{job.dataset}/rows.arrow")
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        with pytest.raises(
+            IntegrityError, match=r"rows.arrow is not the file that was written .*: restore it"
+        ) as caught:
+            train(dataclasses.replace(job, run="train/flipped"), ray_session)
+    finally:
+        model.write_bytes(content)
+    assert "Traceback" not in str(caught.value) and "ray" not in str(caught.value).replace(str(model), "")
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_with_its_kind(job: TrainJob, ray_session: Session) -> None:
+    """A folder where the log should be: the worker cannot write."""
+    Storage(job.recipe.storage).path("train/foreign/metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(TrainingFailed, match="training raised on worker 0: IsADirectoryError") as caught:
+        train(dataclasses.replace(job, run="train/foreign"), ray_session)
+    assert "Traceback" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("workers", [3, 64])

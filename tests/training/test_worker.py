@@ -1,13 +1,18 @@
 """One worker, from prepared data to a model; stopped anywhere, it goes on to the same weights."""
 
+import dataclasses
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from orchestrator.data.dataset import Split
 from orchestrator.data.prepare import content_key, prepare
 from orchestrator.data.sources import open_source
-from orchestrator.errors import IntegrityError
+from orchestrator.errors import DiskFull, IntegrityError, TrainingFailed
 from orchestrator.progress import Event
 from orchestrator.recipe import Recipe, parse_recipe
 from orchestrator.storage import METRICS, MODEL, Storage, sha256_file
@@ -113,13 +118,49 @@ def parse_recipe_with(job: TrainJob, training: dict[str, object]) -> Recipe:
     return Recipe.model_validate(job.recipe.model_dump() | {"training": job.recipe.training.model_dump() | training})
 
 
-def test_a_last_batch_of_one_image_trains_although_batch_norm_needs_two(shapes_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("training", [{"batch_size": 95}, {"batch_size": 32, "accumulate_steps": 32}])
+def test_one_image_at_a_time_trains_although_batch_norm_needs_two(
+    shapes_folder: Path, tmp_path: Path, training: dict[str, int]
+) -> None:
     recipe = Recipe.model_validate({
         "name": "shapes", "task": "image_classification", "storage": str(tmp_path), "data": {"source": str(shapes_folder)},
-        "model": {"backbone": "resnet18", "weights": "none", "image_size": 32},
-        "training": {"epochs": 1, "batch_size": 95},
+        "model": {"backbone": "resnet18", "weights": "none", "image_size": 32}, "training": {"epochs": 1, **training},
     })  # fmt: skip
     job = prepared(recipe)
+    assert len(Split(Storage(recipe.storage).path(job.dataset), "train")) == 96, "batches of 95 leave one row"
     train_worker(job, ALONE, lambda event: None)
-    position, _ = latest_state(Storage(recipe.storage), job.run)
-    assert (position.step, position.finished) == (2, True), "96 rows are one batch of 95 and one of 1"
+    assert latest_state(Storage(recipe.storage), job.run)[0].finished
+
+
+def test_a_loss_that_is_no_number_ends_the_run_at_its_step(job: TrainJob, tmp_path: Path) -> None:
+    backbone = tmp_path / "broken"
+    shutil.copytree(str(job.recipe.model.backbone), backbone)
+    weights = load_file(backbone / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"][3] = float("nan")
+    save_file(weights, backbone / "model.safetensors", metadata={"format": "pt"})
+    model = job.recipe.model.model_copy(update={"backbone": str(backbone)})
+    broken = prepared(job.recipe.model_copy(update={"model": model}))
+    with pytest.raises(
+        TrainingFailed, match=r"the loss is nan at step 1 \(epoch 1, .*\): lower training.learning_rate"
+    ):
+        train_worker(broken, ALONE, lambda event: None)
+    assert latest_state(Storage(job.recipe.storage), broken.run)[1] is None, "no checkpoint holds broken weights"
+
+
+@pytest.mark.parametrize("limit_bytes", [8_000, 60_000])
+def test_a_full_disk_ends_the_run_and_with_room_it_goes_on_to_the_same_weights(job: TrainJob, limit_bytes: int) -> None:
+    """A checkpoint does not fit, or the best model, which a library writes."""
+    recipe = parse_recipe_with(job, {"epochs": 2, "checkpoint_every_steps": 15 if limit_bytes < 50_000 else None})
+    storage, job = Storage(recipe.storage), dataclasses.replace(job, recipe=recipe)
+    parts, unlimited = dataclasses.replace(job, run="train/parts"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, unlimited[1]))
+    try:
+        with pytest.raises(DiskFull, match="no room to write"):
+            train_worker(parts, ALONE, lambda event: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list(storage.path(".staging").iterdir()), "nothing half-written is left"
+    for each in (parts, job):
+        train_worker(each, ALONE, lambda event: None)
+    weights = [sha256_file(storage.path(f"{run}/{MODEL}/model.safetensors")) for run in (job.run, parts.run)]
+    assert weights[0] == weights[1]
