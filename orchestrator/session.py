@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ _RAY_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024
+_LONGEST_SCRATCH_ROOT = 24
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,12 @@ def connect(address: str | None = None, *, token_path: str | None = None) -> Ite
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS")
-    scratch = Path(tempfile.mkdtemp(prefix="orch-"))  # short: Ray's socket paths must stay under 107 characters
+    if address and address.startswith(("http://", "https://")):
+        raise ResourceError(
+            f"{address} is a job server; here the address of Ray itself is needed",
+            "give HOST:6379, or hand the work to the job server: orchestrator submit VERB RECIPE --address URL",
+        )
+    scratch = Path(tempfile.mkdtemp(prefix="orch-", dir=_scratch_root()))
     try:
         with _private(scratch) if address is None else _joined(address, scratch, token_path) as session:
             yield session
@@ -107,53 +113,90 @@ def _private(scratch: Path) -> Iterator[Session]:
     token_path = scratch / "token"
     token_path.touch(mode=0o600)
     token_path.write_text(secrets.token_hex(32))
-    _use_token(token_path)
-    import ray
+    # Ray's dashboard puts sockets into TMPDIR itself.
+    with _showing(token_path), _environment({"TMPDIR": _scratch_root()} if _scratch_root() else {}):
+        import ray
 
-    ray.init(
-        num_cpus=available_cpus(),
-        _temp_dir=str(scratch / "ray"),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        gcs: str = ray.get_runtime_context().gcs_address
-        yield Session(gcs, _resources(ray), scratch, is_private=True, token_path=str(token_path))
-    finally:
-        ray.shutdown()
+        ray.init(
+            num_cpus=available_cpus(),
+            _temp_dir=str(scratch / "ray"),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        try:
+            gcs: str = ray.get_runtime_context().gcs_address
+            yield Session(gcs, _resources(ray), scratch, is_private=True, token_path=str(token_path))
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
 def _joined(address: str, scratch: Path, token_path: str | None) -> Iterator[Session]:
-    if token_path is not None:
-        _use_token(Path(token_path))
-    import ray
+    with _showing(Path(token_path)) if token_path is not None else contextlib.nullcontext():
+        import ray
 
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # noqa: BLE001  Ray raises whatever went wrong underneath
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ResourceError(
+                f"cannot join the Ray cluster at {address!r} ({reason})",
+                "check that it runs and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH holds its token, "
+                "or leave --address out to use this machine",
+            ) from None
+        try:
+            yield Session(address, _resources(ray), scratch, is_private=False, token_path=token_path)
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _showing(token_path: Path) -> Iterator[None]:
+    """In the block this process and those it starts show the token in this file (mode 0600, unlike Ray's own default
+    file), and no other: a token in RAY_AUTH_TOKEN, meant for some cluster, would win over it."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": None, "RAY_AUTH_TOKEN_PATH": str(token_path)}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # noqa: BLE001  Ray raises whatever went wrong underneath
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ResourceError(
-            f"cannot join the Ray cluster at {address!r} ({reason})",
-            "check that it runs and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH holds its token, "
-            "or leave --address out to use this machine",
-        ) from None
-    try:
-        yield Session(address, _resources(ray), scratch, is_private=False, token_path=token_path)
+        with _environment(token):
+            _read_token_again()
+            yield
     finally:
-        ray.shutdown()
+        _read_token_again()
 
 
-def _use_token(path: Path) -> None:
-    """Every process of this instance must show the token in this file (mode 0600, unlike Ray's own default file)."""
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", str(path)
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """In the block the variables have these values (None: they are not there), afterwards what they had before."""
+    before = {name: os.environ.get(name) for name in values}
+    _set_variables(values)
+    try:
+        yield
+    finally:
+        _set_variables(before)
+
+
+def _set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _read_token_again() -> None:
+    """Ray read its variables when it was imported."""
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # made by Cython
 
-    # Ray read both when it was imported, which may have been before they were set.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _scratch_root() -> str | None:
+    """Where Ray's sockets go: a path of a socket has at most 107 characters, 82 of which come after this folder. None: the
+    system's folder for temporary files, which is short enough almost everywhere."""
+    too_long = len(tempfile.gettempdir()) > _LONGEST_SCRATCH_ROOT
+    return "/tmp" if too_long and os.access("/tmp", os.W_OK) else None
 
 
 def available_cpus() -> int:

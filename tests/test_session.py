@@ -1,0 +1,69 @@
+"""Joining and leaving Ray: what the environment says, and what is left of it."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from orchestrator import session
+from orchestrator.errors import ResourceError, UserError
+
+
+def test_a_job_server_is_no_address_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAY_ADDRESS is a URL where somebody uses Ray's job commands."""
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ResourceError, match=r"http://127.0.0.1:8265 is a job server.*orchestrator submit"):
+        session.connect().__enter__()
+
+
+def test_a_relative_storage_of_a_job_goes_to_where_it_lasts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert session.lasting_storage("./runs") == "./runs"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert session.lasting_storage("./runs") == session.lasting_storage("runs") == f"{tmp_path}/orchestrator/runs"
+    for lasting in ("/mnt/runs", "~/runs", "s3://bucket/runs"):
+        assert session.lasting_storage(lasting) == lasting
+
+
+def test_more_nodes_than_one_need_a_storage_that_all_see() -> None:
+    session.refuse_unshared_storage("./runs", "/root/orchestrator/runs", nodes=1)
+    session.refuse_unshared_storage("/mnt/runs", "/mnt/runs", nodes=2)
+    with pytest.raises(UserError, match="the cluster has 2 nodes"):
+        session.refuse_unshared_storage("./runs", "/root/orchestrator/runs", nodes=2)
+
+
+def test_sockets_get_a_short_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    assert session._scratch_root() is None
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a-long-name-of-a-folder"))
+    assert session._scratch_root() == "/tmp"
+
+
+@pytest.mark.ray
+def test_an_own_instance_takes_its_own_token_and_leaves_the_users_environment_as_it_was(tmp_path: Path) -> None:
+    """In a process of its own: twice, under a token and a mode of the user that would not fit, from a long TMPDIR."""
+    (tmp_path / "temporary-files-of-a-batch-system").mkdir()
+    script = """
+import os
+from orchestrator.session import connect
+
+names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+before = [os.environ.get(name) for name in names]
+for _ in range(2):  # the second one after the first has left
+    with connect() as session:
+        import ray
+        assert session.is_private and "RAY_AUTH_TOKEN" not in os.environ
+        assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_TOKEN_PATH"]).remote()) == session.token_path
+    assert [os.environ.get(name) for name in names] == before
+    assert not session.scratch.exists()
+print("well")
+"""
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "0" * 64,
+                                "TMPDIR": str(tmp_path / "temporary-files-of-a-batch-system")}  # fmt: skip
+    environment.pop("RAY_ADDRESS", None)
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.splitlines()[-1:] == ["well"], ran.stderr[-3000:]
