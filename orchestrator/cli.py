@@ -64,17 +64,17 @@ def run_verb(
 
     with display() as report, Pipeline(recipe, address=address, report=report) as pipeline:
         record = act(pipeline) if act else pipeline.walk(verb)
-    _print_record(record, as_json)
+    _print_record(record, as_json, pipeline.storage.place)
 
 
-def _print_record(record: Record | dict[str, Any], as_json: bool) -> None:
+def _print_record(record: Record | dict[str, Any], as_json: bool, place: Callable[[str], str]) -> None:
     values = record if isinstance(record, dict) else record.model_dump(mode="json")
     if as_json:
         _out(json.dumps(values, ensure_ascii=False))
     else:
         from orchestrator.present import describe
 
-        _out(describe(values))
+        _out(describe(values, place))
 
 
 def _out(text: str) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 Values = Mapping[str, Any]
 
 
-def describe(values: Values) -> str:
-    """A record (or, for ``run``, all of them) in the order a reader wants it."""
+def describe(values: Values, place: Callable[[str], str] = str) -> str:
+    """A record (or, for ``run``, all of them) in the order a reader wants it. ``place``: from a location to where it is."""
     if values["stage"] == "run":
-        return "\n".join(describe(values[stage]) for stage in _STAGES if stage in values)
-    lines = _STAGES[values["stage"]](values)
+        return "\n".join(describe(values[stage], place) for stage in _STAGES if stage in values)
+    shown = {name: place(value) if name in _PLACES and value else value for name, value in values.items()}
+    lines = _STAGES[values["stage"]](shown)
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:>{width}}  {text}" for name, text in lines)
 
@@ -24,11 +25,23 @@ def _prepare(v: Values) -> list[tuple[str, str]]:
     lines = [
         ("dataset", f"{v['name']}  {v['key'][:12]}  {v['input_column']} -> {v['label_column']}"),
         ("rows", f"{splits}; set aside: {aside}"),
-        ("labels", _some([f"{name} ({count})" for name, count in v["splits"]["train"]["class_counts"].items()])),
+        ("labels", _labels(v["splits"]["train"]["class_counts"])),
     ]
     return lines + ([("set aside", v["quarantine"])] if v["quarantine"] else [])
 
 
+def _labels(counts: Mapping[str, int]) -> str:
+    listed = _some([f"{name} ({count})" for name, count in counts.items()])
+    ratio = max(counts.values()) / max(1, min(counts.values()))
+    if ratio < _IMBALANCED:
+        return listed
+    return (
+        f"{listed}; the largest is {ratio:.1f} times the smallest: training.class_weights and oversample make up for it"
+    )
+
+
+_PLACES = ("report", "quarantine")
+_IMBALANCED = 1.5
 _CLEANING = ("duplicates", "conflicts", "leaks", "missing", "unreadable")
 
 

@@ -94,6 +94,13 @@ class Storage:
             raise UserError(f"{location!r} leads out of the storage folder", "use plain names without '..'")
         return resolved
 
+    def place(self, location: str) -> str:
+        """Where a location is, for people: a path from the working directory, a full path, or a URL."""
+        if not self.is_local:
+            return f"{self.url.partition('?')[0].rstrip('/')}/{location}"
+        path = self.path(location)
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
     def _cache(self) -> Path:
         return cache_root() / hashlib.sha256(self.url.encode()).hexdigest()[:16]
 
