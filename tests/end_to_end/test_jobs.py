@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,3 +100,12 @@ def test_a_cluster_that_is_not_there_is_said_at_once(cluster: OwnCluster, projec
     submitted = cluster.run(BIN / "orchestrator", "submit", "run", "recipe.yaml", "--address", address, cwd=project)
     assert submitted.returncode == 2
     assert f"no job server answers at '{address}'" in submitted.stderr and "Traceback" not in submitted.stderr
+
+
+def test_a_demo_recipe_needs_nothing_but_the_clone(cluster: OwnCluster, tmp_path: Path) -> None:
+    """Its data are written where the job runs."""
+    prepared = cluster.run(sys.executable, "-m", "jobs.prepare", "jobs/recipes/reviews.yaml", "--storage", tmp_path,
+                           "--set", "data.max_rows=60", "--json", cwd=ROOT)  # fmt: skip
+    assert prepared.returncode == 0, prepared.stderr[-4000:]
+    assert json.loads(prepared.stdout.splitlines()[-1])["labels"] == ["great", "other"]
+    assert (cluster.root / ".cache" / "orchestrator" / "demo" / "reviews-train.csv").is_file()
