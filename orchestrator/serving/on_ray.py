@@ -268,14 +268,19 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def gateway_application() -> Any:
-    """For a Serve config file: the application at ``/`` that answers for all models."""
+def gateway_application(arguments: dict[str, Any]) -> Any:
+    """For a Serve config file: the application at ``/`` that answers for all models. It has no arguments."""
+    if arguments:
+        raise ServingFailed(f"the gateway has no arguments, but got {', '.join(arguments)}", "give them to a model")
     return _gateway_app()
 
 
-def model_application(arguments: ModelArguments) -> Any:
-    """For a Serve config file: one model's application, which must be named ``model-NAME`` and have no route."""
-    return _model_app(arguments.resolve())
+def model_application(arguments: dict[str, Any]) -> Any:
+    """For a Serve config file: one model's application, which must be named ``model-NAME`` and have no route.
+
+    ``arguments``: as ``ModelArguments`` says. Raises pydantic's ValidationError that names the wrong one.
+    """
+    return _model_app(ModelArguments.model_validate(arguments).resolve())
 
 
 # ---------------------------------------------------------------------------------------------------------- starting

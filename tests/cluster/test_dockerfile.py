@@ -2,8 +2,10 @@
 
 import fnmatch
 import re
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +97,7 @@ def test_kuberays_tools_are_inside() -> None:
 
 
 def test_a_linter_has_nothing_to_say() -> None:
-    if not (linter := shutil.which("hadolint")):
+    if not (linter := shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")):
         pytest.skip("needs hadolint")
     said = subprocess.run([linter, str(DOCKERFILE)], capture_output=True, text=True)
     assert said.returncode == 0, said.stdout

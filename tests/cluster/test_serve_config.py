@@ -1,6 +1,5 @@
 """The Serve config, alone and inside the RayService: what Serve's own schema and our own applications say of it."""
 
-import inspect
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,13 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
-from orchestrator.serving.served import MODEL_APP
+from orchestrator.errors import ServingFailed
+from orchestrator.serving.on_ray import gateway_application, model_application
+from orchestrator.serving.served import MODEL_APP, ModelArguments
 
 CLUSTER = Path(__file__).parent.parent.parent / "cluster"
 
@@ -45,22 +48,26 @@ def test_serve_knows_every_key() -> None:
         assert not misspelt(given, type(application))
 
 
-def builder_of(application: dict[str, Any]) -> tuple[Any, inspect.Parameter]:
-    """The function an application is built by, and its one parameter, as Serve looks at them."""
-    module, name = application["import_path"].split(":")
-    function = getattr(import_module(module), name)
-    (parameter,) = inspect.signature(function).parameters.values()
-    return function, parameter
+def test_the_gateway_is_built_as_serve_builds_it() -> None:
+    built = call_user_app_builder_with_args_if_necessary(
+        gateway_application, alone()["applications"][0].get("args", {})
+    )
+    assert isinstance(built, Application)
+    with pytest.raises(ServingFailed, match="the gateway has no arguments, but got storage"):
+        call_user_app_builder_with_args_if_necessary(gateway_application, {"storage": "x"})
 
 
-@pytest.mark.parametrize("application", alone()["applications"], ids=lambda a: a["name"])
-def test_each_application_can_be_built_with_its_arguments(application: dict[str, Any]) -> None:
-    _, parameter = builder_of(application)
-    if "args" in application:
-        assert inspect.isclass(parameter.annotation) and issubclass(parameter.annotation, BaseModel)
-        parameter.annotation.model_validate(application["args"])
-        with pytest.raises(ValidationError, match="strorage"):
-            parameter.annotation.model_validate(application["args"] | {"strorage": "elsewhere"})
+def test_a_models_arguments_are_those_its_builder_takes() -> None:
+    arguments = alone()["applications"][1]["args"]
+    assert ModelArguments.model_validate(arguments).name == "reviews"
+    with pytest.raises(ValidationError, match="strorage"):
+        call_user_app_builder_with_args_if_necessary(model_application, arguments | {"strorage": "elsewhere"})
+
+
+def test_the_applications_name_builders_that_are_there() -> None:
+    for application in alone()["applications"]:
+        module, name = application["import_path"].split(":")
+        assert getattr(import_module(module), name) in (gateway_application, model_application)
 
 
 def test_one_gateway_answers_and_each_model_has_the_name_that_the_gateway_looks_for() -> None:

@@ -3,11 +3,13 @@
 import json
 import shutil
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from own_cluster import BIN, OwnCluster, free_port, own_cluster
 
 pytestmark = pytest.mark.ray
@@ -56,6 +58,36 @@ def test_ray_job_submit_walks_the_whole_path(cluster: OwnCluster, project: Path,
     body = json.dumps({"instances": ["a great fresh cup"]}).encode()
     request = urllib.request.Request(records["serve"]["predict_url"], body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
+        assert json.load(answer)["model_version"] == "1"
+
+
+def test_serve_deploy_brings_a_config_file_to_the_cluster(cluster: OwnCluster, project: Path) -> None:
+    """The one in cluster/, for the model that the job registered, where Serve already listens."""
+    config = yaml.safe_load((ROOT / "cluster" / "serve-config.yaml").read_text())
+    port = yaml.safe_load((project / "recipe.yaml").read_text())["serving"]["port"]
+    config["proxy_location"] = "HeadOnly"
+    config["http_options"] |= {"host": "127.0.0.1", "port": port}
+    model = config["applications"][1]
+    model["name"] = "model-jobbed"
+    model["args"] |= {"name": "jobbed", "storage": str(cluster.root / "orchestrator" / "runs"), "registry": None}
+    model["args"]["serving"]["max_replicas"] = 1
+    (project / "serve.yaml").write_text(yaml.safe_dump(config))
+    deployed = cluster.run(BIN / "serve", "deploy", "serve.yaml", "--address", cluster.dashboard, cwd=project)
+    assert deployed.returncode == 0, deployed.stderr[-3000:]
+
+    deadline = time.monotonic() + 120
+    while True:
+        status = cluster.run(BIN / "serve", "status", "--address", cluster.dashboard, cwd=project).stdout
+        applications = yaml.safe_load(status)["applications"] if status.strip() else {}
+        if applications.keys() == {"gateway", "model-jobbed"} and all(
+            a["status"] == "RUNNING" for a in applications.values()
+        ):
+            break
+        assert time.monotonic() < deadline and "FAILED" not in status, status
+        time.sleep(1)
+    body = json.dumps({"instances": ["a great fresh cup"]}).encode()
+    url = f"http://127.0.0.1:{port}/v1/models/jobbed:predict"
+    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=30) as answer:
         assert json.load(answer)["model_version"] == "1"
 
 
