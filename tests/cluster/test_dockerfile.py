@@ -1,8 +1,8 @@
 """The Dockerfile: what it copies is there, what it installs is pinned, and what runs is no root."""
 
 import fnmatch
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys
