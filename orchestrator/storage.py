@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,10 @@ class Storage:
         return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if i.type == fs.FileType.Directory)
 
     @contextlib.contextmanager
-    def publish(self, location: str) -> Iterator[Path]:
+    def publish(self, location: str, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
         """Give an empty folder to fill; when the block ends well its content appears at ``location``, whole.
+
+        ``hashes``: SHA-256 by name of files whose writer knows it when the block ends; the others are read again for it.
 
         Raises DiskFull when there is no room; what stood at ``location`` before then still stands.
         """
@@ -134,7 +136,7 @@ class Storage:
             with disk_errors(staging):
                 staging.mkdir(parents=True)
                 yield staging
-                write_manifest(staging)
+                write_manifest(staging, hashes)
                 self._put(staging, location)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -272,14 +274,49 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_manifest(folder: Path) -> str:
-    """List every file of the folder with size and SHA-256, flushed to disk; returns the manifest's own SHA-256."""
+class HashingFile:
+    """A binary file for writing, with the SHA-256 of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        self._digest.update(view)
+        written = 0
+        while written < len(view):  # a disk that fills up takes a part first
+            written += self._file.write(view[written:])
+        return written
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None) -> str:
+    """List every file of the folder with size and SHA-256, flushed to disk; returns the manifest's own SHA-256.
+
+    ``hashes``: those that are known already, by name.
+    """
+    known = hashes or {}
     paths = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
     with ThreadPoolExecutor(2) as threads:  # the disk is busy with one while the processor hashes the other
-        synced, hashes = threads.map(_sync_file, paths), threads.map(sha256_file, paths)
+        synced = threads.map(_sync_file, paths)
+        found = threads.map(lambda path: known.get(path.relative_to(folder).as_posix()) or sha256_file(path), paths)
         files = {
             path.relative_to(folder).as_posix(): {"size_bytes": path.stat().st_size, "sha256": sha256}
-            for path, sha256, _ in zip(paths, hashes, synced, strict=True)
+            for path, sha256, _ in zip(paths, found, synced, strict=True)
         }
     content = json.dumps({"format": 1, "files": files}, indent=2).encode()
     atomic_write(folder / MANIFEST, content)

@@ -9,7 +9,15 @@ import pytest
 from pyarrow import fs
 
 from orchestrator.errors import DiskFull, IntegrityError, UserError
-from orchestrator.storage import MANIFEST, Storage, atomic_write, disk_errors, verify_manifest
+from orchestrator.storage import (
+    MANIFEST,
+    HashingFile,
+    Storage,
+    atomic_write,
+    disk_errors,
+    sha256_file,
+    verify_manifest,
+)
 
 
 def publish(storage: Storage, location: str, **files: bytes) -> None:
@@ -165,3 +173,14 @@ def test_a_manifest_lists_files_in_subfolders(tmp_path: Path) -> None:
         (folder / "encoder" / "vocab.txt").write_text("x")
     assert list(verify_manifest(tmp_path / "a")) == ["encoder/vocab.txt"]
     assert json.loads((tmp_path / "a" / MANIFEST).read_text())["format"] == 1
+
+
+def test_a_file_that_hashes_while_it_is_written_is_the_file_that_lies_there(tmp_path: Path) -> None:
+    storage, hashes = Storage(str(tmp_path)), dict[str, str]()
+    with storage.publish("prepare/x-1", hashes) as folder:
+        file = HashingFile(folder / "rows")
+        for content in (b"one", memoryview(b"two"), b""):
+            file.write(content)
+        file.close()
+        hashes["rows"] = file.sha256
+    assert verify_manifest(storage.path("prepare/x-1"))["rows"]["sha256"] == sha256_file(tmp_path / "prepare/x-1/rows")

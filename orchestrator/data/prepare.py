@@ -32,6 +32,7 @@ from orchestrator.storage import (
     RECIPE,
     RECORD,
     ROWS,
+    HashingFile,
     Storage,
     folder_bytes,
     sha256_json,
@@ -67,11 +68,13 @@ def prepare(
     schema = infer_schema(source.sample, recipe.data.columns, encoder.kind)
     _check_columns(recipe, source)
     location = stage_location("prepare", recipe.name, key)
-    with storage.publish(location) as folder:
+    hashes: dict[str, str] = {}
+    with storage.publish(location, hashes) as folder:
         facts = Facts(recipe, schema)
         with Quarantine(folder / QUARANTINE) as quarantine:
             with RowsFile(folder / ROWS, recipe, encoder, schema) as file:
                 _read(recipe, encoder, source, facts, file, quarantine, report)
+            hashes[ROWS] = file.sha256
             decision = decide(recipe, facts)
             _set_aside(folder, facts, decision, quarantine)
         _write_splits(folder, facts, decision)
@@ -172,8 +175,13 @@ class RowsFile:
     def __init__(self, path: Path, recipe: Recipe, encoder: Encoder, schema: Schema) -> None:
         self.schema, self.slices = schema, recipe.evaluation.slices
         self._columns = row_columns(self.slices, encoder)
-        self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_file(self._sink, self._columns)
+        self._file = HashingFile(path)
+        self._writer = pa.ipc.new_file(pa.PythonFile(self._file, "w"), self._columns)
+
+    @property
+    def sha256(self) -> str:
+        """Of the whole file, once it is closed."""
+        return self._file.sha256
 
     def add(self, rows: Rows, first_row: int) -> None:
         picked = rows.batch.table.take(pa.array(rows.kept))
@@ -191,7 +199,7 @@ class RowsFile:
         try:
             self._writer.close()
         finally:
-            self._sink.close()
+            self._file.close()
 
 
 def _record(
