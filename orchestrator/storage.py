@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
 REGISTRY_DATABASE = "registry/registry.db"
 _CHUNK_BYTES = 1 << 20
+_FLUSH_BYTES = 16 << 20
 
 
 def stage_location(stage: str, name: str, key: str) -> str:
@@ -275,11 +276,17 @@ def sha256_json(value: Any) -> str:
 
 
 class HashingFile:
-    """A binary file for writing, with the SHA-256 of what was written to it."""
+    """A binary file for writing, with the SHA-256 of what was written to it.
+
+    The disk writes while the caller computes: a flush of everything at the end would leave the cores idle.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flushes: list[Future[None]] = []
+        self._unflushed_bytes = 0
 
     def write(self, content: Any) -> int:
         view = memoryview(content).cast("B")
@@ -287,6 +294,10 @@ class HashingFile:
         written = 0
         while written < len(view):  # a disk that fills up takes a part first
             written += self._file.write(view[written:])
+        self._unflushed_bytes += written
+        if self._unflushed_bytes >= _FLUSH_BYTES:
+            self._flushes.append(self._flusher.submit(os.fdatasync, self._file.fileno()))
+            self._unflushed_bytes = 0
         return written
 
     @property
@@ -301,7 +312,11 @@ class HashingFile:
         """Nothing is held back."""
 
     def close(self) -> None:
+        """Raises OSError when a flush failed: the system reports that once only."""
+        self._flusher.shutdown()
         self._file.close()
+        for flush in self._flushes:
+            flush.result()
 
 
 def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None) -> str:

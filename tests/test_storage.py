@@ -1,6 +1,8 @@
 """What is published is whole, what is read is verified, what is named stays inside the root."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +186,20 @@ def test_a_file_that_hashes_while_it_is_written_is_the_file_that_lies_there(tmp_
         file.close()
         hashes["rows"] = file.sha256
     assert verify_manifest(storage.path("prepare/x-1"))["rows"]["sha256"] == sha256_file(tmp_path / "prepare/x-1/rows")
+
+
+def test_a_flush_that_fails_while_the_file_is_written_fails_the_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+
+    def fails(descriptor: int) -> None:
+        flushed.append(descriptor)
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "fdatasync", fails)
+    file = HashingFile(tmp_path / "rows")
+    file.write(bytes(40 << 20))
+    with pytest.raises(OSError, match="the disk is broken"):
+        file.close()
+    assert flushed

@@ -60,8 +60,8 @@ class ImageEncoder:
                 if image.width * image.height > _MAX_PIXELS:
                     return f"has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}"
                 image.draft("RGB", (self.image_size, self.image_size))  # JPEG: decode at a fraction of the size
-                upright = to_rgb(ImageOps.exif_transpose(image))
-                return ImageOps.fit(upright, (self.image_size, self.image_size), Image.Resampling.BILINEAR).tobytes()
+                ImageOps.exif_transpose(image, in_place=True)
+                return ImageOps.fit(to_rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR).tobytes()
         except UnidentifiedImageError:
             return "is not an image of a known format"
         except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
@@ -100,6 +100,8 @@ class ImageEncoder:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode as RGB: transparency on white, 16-bit grey scaled to 8 bits rather than cut off."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
         top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
