@@ -101,7 +101,8 @@ def demo(kind: str, keep: bool) -> None:
                 pipeline.stop_serving()
     print(describe(records, pipeline.storage.place))  # noqa: T201
     print(f"answers of version {answer['model_version']}:\n{show_answers(instances, answer)}")  # noqa: T201
-    state = f"the endpoint is up at {records['serve']['url']}; stop it with: make stop" if keep else "endpoint stopped"
+    stop = f"stop it with: orchestrator serve {RECIPES[kind]} --stop"
+    state = f"the endpoint is up at {records['serve']['url']}; {stop}" if keep else "endpoint stopped"
     print(f"{state}; {time.monotonic() - started:.0f} s in all")  # noqa: T201
 
 

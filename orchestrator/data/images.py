@@ -61,7 +61,9 @@ class ImageEncoder:
                     return f"has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}"
                 image.draft("RGB", (self.image_size, self.image_size))  # JPEG: decode at a fraction of the size
                 ImageOps.exif_transpose(image, in_place=True)
-                return ImageOps.fit(to_rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR).tobytes()
+                return ImageOps.fit(
+                    to_rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR
+                ).tobytes()
         except UnidentifiedImageError:
             return "is not an image of a known format"
         except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
