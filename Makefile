@@ -41,8 +41,12 @@ check: $(STAMP) ## formatting, lint, types and the import stairs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## side-by-side measurements against peers
+bench: $(STAMP) ## side-by-side measurements against peers, the quick ones
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/prepare.py --quick
+	$(BIN)/python benchmarks/train.py --quick
+	$(BIN)/python benchmarks/train_images.py --quick
+	$(BIN)/python benchmarks/scaling.py --quick
 
 clean: ## remove the demo's data and results, keep the environment
 	rm -rf runs ~/.cache/orchestrator/demo .pytest_cache .mypy_cache .ruff_cache

@@ -20,7 +20,7 @@ from typing import Any
 from orchestrator.errors import OrchestratorError
 from orchestrator.present import describe
 from orchestrator.progress import display
-from orchestrator.recipe import load_recipe
+from orchestrator.recipe_file import load_recipe
 from orchestrator.storage import atomic_write
 
 DATA = Path("~/.cache/orchestrator/demo").expanduser()

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from orchestrator.errors import ResourceError
 from orchestrator.models.checkpoint import count_parameters
 from orchestrator.progress import format_seconds
 from orchestrator.records import DatasetRecord
@@ -20,6 +19,7 @@ from orchestrator.session import available_cpus
 
 if TYPE_CHECKING:
     from orchestrator.pipeline import Pipeline
+    from orchestrator.recipe import Training
 
 _BYTES_PER_PARAMETER = 16
 """Weights, gradients and AdamW's two moments in fp32."""
@@ -31,20 +31,23 @@ def plan_run(pipeline: Pipeline) -> dict[str, Any]:
     recipe = pipeline.recipe
     dataset = pipeline.prepare()
     network = pipeline.task.network(recipe.model, dataset.labels)
-    workers = _workers(pipeline)
+    rows_of_runs = _rows_of_runs(pipeline, dataset)
+    workers, at_once = _workers(pipeline)
     rows = dataset.splits["train"].rows
-    steps = recipe.training.epochs * -(-rows // recipe.training.batch_size)
+    steps = recipe.training.epochs * sum(-(-rows // recipe.training.batch_size) for rows in rows_of_runs)
     seconds_per_step = _measure(pipeline, dataset, network)
     parameters = count_parameters(network)
-    memory = workers * parameters * _BYTES_PER_PARAMETER
-    disk = parameters * 4 * 8 + dataset.size_bytes  # two checkpoints of three copies each, the best model, the version
+    memory = workers * at_once * parameters * _BYTES_PER_PARAMETER
+    # of each run two checkpoints of three copies each, the best model, the version
+    disk = len(rows_of_runs) * parameters * 4 * 8 + dataset.size_bytes
     values = {
-        "rows": rows, "steps": steps, "workers": workers, "parameters": parameters, "memory_bytes": memory,
-        "disk_bytes": disk, "seconds": steps * seconds_per_step,
+        "rows": rows, "steps": steps, "runs": len(rows_of_runs), "workers": workers, "parameters": parameters,
+        "memory_bytes": memory, "disk_bytes": disk, "seconds": steps * seconds_per_step,
     }  # fmt: skip
     free = shutil.disk_usage(pipeline.storage.path("")).free
     plan = {
         "train": f"{rows} rows, {recipe.training.epochs} epochs, {steps} steps of {recipe.training.batch_size} rows",
+        **_told(recipe.training, len(rows_of_runs), at_once),
         "workers": f"{workers} on {available_cpus()} CPUs and {torch.cuda.device_count()} GPUs of this machine",
         "memory": f"{memory / 1e9:.1f} GB for weights and optimiser over all workers, activations come on top",
         "disk": f"about {disk / 1e9:.1f} GB of {free / 1e9:.0f} GB free",
@@ -53,18 +56,35 @@ def plan_run(pipeline: Pipeline) -> dict[str, Any]:
     return {"stage": "check", "name": recipe.name, "plan": plan, **values}
 
 
-def _workers(pipeline: Pipeline) -> int:
-    from orchestrator.session import Resources
+def _rows_of_runs(pipeline: Pipeline, dataset: DatasetRecord) -> list[int]:
+    """How many rows each run trains on: those of the folds, then those of the model or its members."""
+    from orchestrator.training.folds import fold_runs, fold_sizes, model_runs
 
-    cpus, gpus = available_cpus(), torch.cuda.device_count()
-    resources = Resources(1, cpus, gpus, cpus, cpus)
-    wanted = pipeline.recipe.training.workers
-    limit = gpus or cpus
-    if wanted != "auto" and wanted > limit:
-        raise ResourceError(
-            f"training.workers is {wanted}, but this machine has {resources}", f"set it to at most {limit}, or to auto"
-        )
-    return min(limit, 4) if wanted == "auto" else wanted
+    recipe, train, validation = pipeline.recipe, dataset.splits["train"].rows, dataset.splits["validation"].rows
+    sizes = fold_sizes(recipe, pipeline.storage.fetch(dataset.location, verify=False), dataset.labels)
+    runs = dict.fromkeys((*fold_runs(recipe, ""), *model_runs(recipe, "")))  # an ensemble of the folds is the same runs
+    return [train + validation - sizes[run.fold.number] if run.fold else train for run in runs]
+
+
+def _told(training: Training, runs: int, at_once: int) -> dict[str, str]:
+    if runs == 1:
+        return {}
+    folds = [f"{training.folds} folds"] if training.folds else []
+    model = "which are the model's members" if training.ensemble == "folds" else f"{training.ensemble} for the model"
+    return {"runs": f"{runs}: {', '.join([*folds, model])}; up to {at_once} at a time; the steps are of all"}
+
+
+def _workers(pipeline: Pipeline) -> tuple[int, int]:
+    """Workers of each run, and how many runs go on at a time: the folds first, then those of the model."""
+    from orchestrator.session import Resources
+    from orchestrator.training.folds import fold_runs, model_runs
+    from orchestrator.training.placement import place_runs
+
+    cpus, recipe = available_cpus(), pipeline.recipe
+    resources = Resources(1, cpus, torch.cuda.device_count(), cpus, cpus)
+    runs = max(len(fold_runs(recipe, "")), len(model_runs(recipe, "")))
+    placement, at_once = place_runs(recipe.training, resources, runs)
+    return placement.workers, at_once
 
 
 def _measure(pipeline: Pipeline, dataset: DatasetRecord, network: torch.nn.Module) -> float:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,15 +37,34 @@ VERBS = ("prepare", "train", "evaluate", "promote", "serve", "run")
 
 def main(arguments: list[str] | None = None) -> None:
     """The ``orchestrator`` command. The user's own mistakes never show a traceback."""
+    for number in _STOPPED:
+        signal.signal(number, _stop)
     try:
         app(arguments)
     except OrchestratorError as error:
         sys.exit(_complain(str(error), error.exit_status))
-    except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; the same command goes on from here", 130))
+    except Stopped as stopped:
+        word = _STOPPED[stopped.number]
+        sys.exit(_complain(f"{word}; the same command goes on from here", 128 + stopped.number))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+_STOPPED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Stopped(BaseException):
+    """A signal, as an exception: what was begun is ended properly on the way out. No KeyboardInterrupt: typer would answer
+    that without a word."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(signal.Signals(number))
 
 
 def _complain(message: str, status: int) -> int:
@@ -56,7 +77,7 @@ def run_verb(
     act: Callable[[Pipeline], Record | dict[str, Any]] | None = None,
 ) -> None:  # fmt: skip
     """Load the recipe, walk the path up to ``verb``, print its record."""
-    from orchestrator.recipe import load_recipe
+    from orchestrator.recipe_file import load_recipe
 
     recipe = load_recipe(recipe_path, overrides or (), storage)
     from orchestrator.pipeline import Pipeline
@@ -180,7 +201,7 @@ def submit(
     set_: Overrides = None, storage: StorageRoot = None, json_: AsJson = False,
 ) -> None:  # fmt: skip
     """Run a verb as a job of a Ray cluster, its output streamed; ends with the job's own exit status."""
-    from orchestrator.recipe import load_recipe
+    from orchestrator.recipe_file import load_recipe
 
     if verb not in VERBS:
         raise UserError(f"submit knows no verb {verb!r}", f"use one of {', '.join(VERBS)}")

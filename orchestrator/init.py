@@ -9,7 +9,8 @@ from pathlib import Path
 from orchestrator.data.schema import Schema, infer_schema
 from orchestrator.data.sources import Source, open_source
 from orchestrator.errors import DataError, UserError
-from orchestrator.recipe import Columns, Data, parse_recipe
+from orchestrator.recipe import Columns, Data
+from orchestrator.recipe_file import parse_recipe
 
 _SHOWN_LABELS = 8
 

@@ -7,13 +7,13 @@ whose record is already there under its key does nothing. Ray is started when th
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -31,11 +31,11 @@ from orchestrator.errors import ModelNotFound, ServingFailed
 from orchestrator.evaluation.predictions import picture_of, read_predictions, write_predictions
 from orchestrator.evaluation.scores import evaluate_predictions, slice_scores
 from orchestrator.progress import Event, Report, format_seconds, ignore
-from orchestrator.recipe import Model, Recipe, parse_recipe, to_yaml
+from orchestrator.recipe import Model, Recipe
+from orchestrator.recipe_file import parse_recipe, to_yaml
 from orchestrator.records import (
     DatasetRecord,
     EndpointRecord,
-    EpochMetrics,
     EvaluationRecord,
     Hold,
     ModelRecord,
@@ -54,17 +54,19 @@ from orchestrator.storage import (
     RECORD,
     REPORT,
     Storage,
-    atomic_write,
-    folder_bytes,
     sha256_json,
     stage_location,
 )
 from orchestrator.tasks import TASKS
 
 if TYPE_CHECKING:
-    from orchestrator.evaluation.on_ray import Cost
+    from orchestrator.evaluation.on_ray import Cost, PredictJob
+    from orchestrator.training.placement import Placement
 
 _SAMPLE_IMAGES = 64
+_WITHOUT_EFFECT = {"max_failures", "max_rollbacks", "hang_timeout_s", "disk_full_patience_s",
+                   "checkpoint_every_steps", "checkpoint_every_s"}  # fmt: skip
+"""Fields of ``training`` that do not change the weights it ends with."""
 R = TypeVar("R", bound=Record)
 
 
@@ -156,51 +158,15 @@ class Pipeline:
 
     def train(self, dataset: DatasetRecord) -> ModelRecord:
         """Fine-tune on Ray Train, going on from the last checkpoint if an earlier run was cut short."""
-        settings = self.recipe.training.model_dump(exclude={"max_failures", "checkpoint_every_steps"}, mode="json")
+        settings = self.recipe.training.model_dump(exclude=_WITHOUT_EFFECT, mode="json")
         key = sha256_json([dataset.key, self.recipe.model.model_dump(mode="json"), settings, self.recipe.seed])
         return self._once("train", key, ModelRecord, lambda: self._train(dataset, key))
 
     def _train(self, dataset: DatasetRecord, key: str) -> ModelRecord:
-        from orchestrator.training.on_ray import fit, place_workers
-        from orchestrator.training.worker import TrainJob
+        from orchestrator.training.stage import TrainStage
 
-        self.task.network(
-            self.recipe.model, dataset.labels
-        )  # a backbone that is not there is said now, not by a worker
-        placement = place_workers(self.recipe.training, self.session.resources)
-        run = stage_location("train", self.recipe.name, key)
-        atomic_write(self.storage.path(run) / RECIPE, to_yaml(self.recipe).encode())
-        self.storage.push(f"{run}/{RECIPE}")
-        job = TrainJob(self.recipe, run, dataset.location, dataset.labels)
-        self.report(Event("train", message=f"{self.task.backbone(self.recipe.model)} on {placement.workers} "
-                                           f"{placement.device} workers"))  # fmt: skip
-        fit(job, placement, self.session, self.report)
-        return self._model_record(dataset, key, run, placement.workers, placement.device)
-
-    def _model_record(self, dataset: DatasetRecord, key: str, run: str, workers: int, device: str) -> ModelRecord:
-        import torch
-
-        from orchestrator.models.checkpoint import CARD
-        from orchestrator.training.metrics_log import read_metrics
-        from orchestrator.training.precision import resolve_precision
-        from orchestrator.training.state import latest_state
-
-        position, _ = latest_state(self.storage, run)
-        epochs = [line for line in read_metrics(self.storage.pull(f"{run}/{METRICS}")) if line["kind"] == "validation"]
-        folder = self.storage.fetch(f"{run}/{MODEL}")
-        metric = self.recipe.training.best_metric
-        trained_rows = position.step * self.recipe.training.batch_size
-        return ModelRecord(
-            name=self.recipe.name, key=key, location=run, model_location=f"{run}/{MODEL}", task=self.recipe.task,
-            backbone=self.task.backbone(self.recipe.model), dataset=dataset.key,
-            epochs=tuple(_epoch_metrics(line) for line in epochs), best_epoch=position.best_epoch, best_metric=metric,
-            best_value=-position.best_value if metric == "loss" else position.best_value, steps=position.step,
-            workers=workers, device=device,
-            precision=resolve_precision(self.recipe.training.precision, torch.device(device)),
-            parameters=json.loads((folder / CARD).read_text())["parameters"], size_bytes=folder_bytes(folder),
-            seconds=position.seconds, samples_per_s=trained_rows / max(position.seconds, 1e-9),
-            resumed=position.resumed, stopped_early=position.stopped_early,
-        )  # fmt: skip
+        predict = partial(self._predict, dataset=dataset, split="validation", stage="train")
+        return TrainStage(self.recipe, self.storage, lambda: self.session, self.report, predict).train(dataset, key)
 
     # ------------------------------------------------------------------------------------------------------ evaluate
 
@@ -213,7 +179,8 @@ class Pipeline:
     def _evaluate(self, model: ModelRecord, dataset: DatasetRecord, key: str) -> EvaluationRecord:
         started = time.monotonic()
         self.report(Event("evaluate", message=f"{dataset.splits['test'].rows} test rows"))
-        probabilities, cost = self._predict_test(model.model_location, dataset, with_cost=True)
+        probabilities = self._predict(model.model_location, dataset, "test", "evaluate")
+        cost = self._cost(model.model_location, dataset)
         split = Split(self.storage.fetch(dataset.location, verify=False), "test")
         labels, settings = split.labels, self.recipe.evaluation
         scores = evaluate_predictions(labels, probabilities, dataset.labels, samples=settings.bootstrap_samples,
@@ -234,17 +201,29 @@ class Pipeline:
             (folder / RECORD).write_text(record.model_dump_json(indent=2), encoding="utf-8")
         return record
 
-    def _predict_test(self, model: str, dataset: DatasetRecord, *, with_cost: bool) -> tuple[np.ndarray, Cost]:
-        from orchestrator.evaluation.on_ray import Cost, PredictJob, measure_cost, predict_split
-        from orchestrator.training.on_ray import place_workers
+    def _predict(self, model: str, dataset: DatasetRecord, split: str, stage: str) -> np.ndarray:
+        """A saved model's probabilities [rows, classes] for a split. ``stage``: the one it is done for."""
+        from orchestrator.evaluation.on_ray import predict_split
+
+        job, placement = self._predict_job(model, dataset, split)
+        return predict_split(
+            job, dataset.splits[split].rows, placement.workers, placement.cpus_per_worker,
+            lambda event: self.report(replace(event, stage=stage)),
+        )  # fmt: skip
+
+    def _cost(self, model: str, dataset: DatasetRecord) -> Cost:
+        from orchestrator.evaluation.on_ray import measure_cost
+
+        job, placement = self._predict_job(model, dataset, "test")
+        return measure_cost(job, placement.cpus_per_worker)
+
+    def _predict_job(self, model: str, dataset: DatasetRecord, split: str) -> tuple[PredictJob, Placement]:
+        from orchestrator.evaluation.on_ray import PredictJob
+        from orchestrator.training.placement import place_workers
 
         placement = place_workers(self.recipe.training, self.session.resources)
-        job = PredictJob(self.recipe.storage, model, dataset.location, "test", self.recipe.evaluation.batch_size,
-                         placement.device)  # fmt: skip
-        rows = dataset.splits["test"].rows
-        probabilities = predict_split(job, rows, placement.workers, placement.cpus_per_worker, self.report)
-        cost = measure_cost(job, placement.cpus_per_worker) if with_cost else Cost(0.0, 0.0, 0.0)
-        return probabilities, cost
+        size = self.recipe.evaluation.batch_size
+        return PredictJob(self.recipe.storage, model, dataset.location, split, size, placement.device), placement
 
     def _write_report(
         self,
@@ -261,7 +240,8 @@ class Pipeline:
         size = dataset.image_size
         picture = None if size is None else lambda row: picture_of(split, row, size)
         rows = TestRows(split.labels, probabilities, split.column("raw").to_pylist(), picture)
-        metrics = read_metrics(self.storage.pull(f"{model.location}/{METRICS}"))
+        run = model.ensemble.members[0].location if model.ensemble else model.location
+        metrics = read_metrics(self.storage.pull(f"{run}/{METRICS}"))
         steps = [(m["step"], m["loss"]) for m in metrics if m["kind"] == "train"]
         write_report(path, record, model, dataset, rows, steps, self.recipe.evaluation.mistakes)
 
@@ -311,7 +291,7 @@ class Pipeline:
         self.report(Event("promote", message=f"the data has changed: asking version {champion.version} again"))
         recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
         encoded_for_it = self.prepare(recipe.model)
-        probabilities, _ = self._predict_test(f"{champion.location}/{MODEL}", encoded_for_it, with_cost=False)
+        probabilities = self._predict(f"{champion.location}/{MODEL}", encoded_for_it, "test", "promote")
         split = Split(self.storage.fetch(encoded_for_it.location, verify=False), "test")
         return Answers(split.column("row").to_numpy(), split.labels, probabilities.argmax(axis=1))
 
@@ -415,9 +395,3 @@ def code_version() -> str:
     except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
         return orchestrator.__version__
     return f"{orchestrator.__version__}+{commit}"
-
-
-def _epoch_metrics(line: dict[str, Any]) -> EpochMetrics:
-    scores = {name: line[name] for name in ("loss", "accuracy", "macro_f1", "weighted_f1")}
-    return EpochMetrics(epoch=line["epoch"], step=line["step"], train_loss=line["train_loss"], validation=scores,
-                        learning_rate=line["learning_rate"], samples_per_s=line["samples_per_s"])  # fmt: skip

@@ -50,9 +50,46 @@ def _train(v: Values) -> list[tuple[str, str]]:
     return [
         ("model", f"{v['backbone']}, {v['parameters'] / 1e6:.1f} M parameters, {v['size_bytes'] / 1e6:.0f} MB"),
         ("training", f"{v['steps']} steps in {v['seconds']:.0f} s, {v['samples_per_s']:.1f} samples/s, {v['workers']} "
-                     f"{v['device']} workers, {v['precision']}{stopped}"),
-        ("best", f"epoch {v['best_epoch'] + 1}: validation {v['best_metric']} {v['best_value']:.4f}"),
+                     f"{v['device']} worker{'s' * (v['workers'] > 1)}, {v['precision']}{stopped}"),
+        *(_ensemble(v, v["ensemble"]) if v.get("ensemble") else
+          [("best", f"epoch {v['best_epoch'] + 1}: validation {v['best_metric']} {v['best_value']:.4f}")]),
+        *([("privacy", _privacy(v["privacy"]))] if v.get("privacy") else []),
+        *(_folds(v["folds"]) if v.get("folds") else []),
     ]  # fmt: skip
+
+
+def _privacy(spent: Values) -> str:
+    return f"epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g}, noise {spent['noise_multiplier']:.2f}"
+
+
+def _ensemble(v: Values, ensemble: Values) -> list[tuple[str, str]]:
+    metric, apart = v["best_metric"], ensemble["disagreement"]
+    alone = [member["validation"][metric] for member in ensemble["members"]]
+    members = f"{len(alone)} members, each validation {metric} {min(alone):.4f} to {max(alone):.4f}"
+    if apart is None:
+        return [("ensemble", f"{members}, each on its own fold")]
+    return [
+        ("ensemble", f"{members}, together {ensemble['validation'][metric]:.4f}"),
+        ("disagree", f"on {apart['labels']:.1%} of the validation rows; entropy {apart['predictive_entropy']:.3f}, of the "
+                     f"members {apart['member_entropy']:.3f}, mutual information {apart['mutual_information']:.3f} nats"),
+    ]  # fmt: skip
+
+
+def _folds(folds: Values) -> list[tuple[str, str]]:
+    """A small table: a line per fold, then mean and standard deviation."""
+    names = list(folds["mean"])
+    rows = [("folds", ["rows", "epoch", *names])]
+    rows += [
+        (
+            f"fold {number}",
+            [str(run["rows"]), str(run["best_epoch"] + 1), *(f"{run['validation'][n]:.4f}" for n in names)],
+        )
+        for number, run in enumerate(folds["runs"], start=1)
+    ]
+    rows.append(("mean", ["", "", *(f"{folds['mean'][n]:.4f}" for n in names)]))
+    rows.append(("deviation", ["", "", *(f"{folds['deviation'][n]:.4f}" for n in names)]))
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(names) + 2)]
+    return [(name, "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))) for name, cells in rows]
 
 
 def _evaluate(v: Values) -> list[tuple[str, str]]:

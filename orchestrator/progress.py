@@ -6,9 +6,10 @@ In: ``Event`` values from any stage. Knows nothing of what the stages do.
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol
 
@@ -33,6 +34,39 @@ Report = Callable[[Event], None]
 
 def ignore(event: Event) -> None:
     """For callers that show nothing."""
+
+
+class Together:
+    """Several runs of one stage as one: their progress summed up, their lines with the run's name before them.
+
+    Runs may report from threads of their own. A run that has not reported yet is taken to be as long as the others.
+    """
+
+    def __init__(self, names: Iterable[str], report: Report) -> None:
+        self._fractions, self._totals = dict.fromkeys(names, 0.0), dict[str, float]()
+        self._report, self._lock, self._closed = report, threading.Lock(), False
+
+    def report_of(self, name: str) -> Report:
+        def report(event: Event) -> None:
+            with self._lock:
+                if not self._closed:
+                    self._report(self._summed_up(name, event))
+
+        return report
+
+    def close(self) -> None:
+        """Nothing is reported from now on."""
+        with self._lock:
+            self._closed = True
+
+    def _summed_up(self, name: str, event: Event) -> Event:
+        if event.message:
+            return replace(event, message=f"{name}: {event.message}")
+        if event.total:
+            self._fractions[name], self._totals[name] = event.done / event.total, event.total
+        length = sum(self._totals.values()) / max(1, len(self._totals))
+        done, total = length * sum(self._fractions.values()), length * len(self._fractions)
+        return replace(event, done=done, total=total, figures={"run": name, **event.figures})
 
 
 class Display(Protocol):

@@ -6,17 +6,9 @@ the nearest known key. Knows nothing of torch, Ray or the data; so it parses in 
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-
-from orchestrator.errors import RecipeError
-from orchestrator.marked_yaml import KeyPath, read_yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$"
 """Names become folders and URL segments: lower case, digits, dot, dash and underscore inside, at most 64 characters."""
@@ -168,6 +160,47 @@ class EarlyStopping(Section):
     """A smaller gain than this does not count as better (in the metric's unit)."""
 
 
+class Averaging(Section):
+    kind: Literal["ema", "swa"] = "ema"
+    """``ema``: an exponential moving average of the weights after each step; ``swa``: their plain mean over the last steps
+    (Izmailov et al. 2018). The statistics of batch norms are averaged too."""
+    decay: float = Field(default=0.999, gt=0.0, lt=1.0)
+    """Of ``ema``: what the average keeps of itself per step; it remembers about 1 / (1 - decay) steps."""
+    start_fraction: float = Field(default=0.75, ge=0.0, lt=1.0)
+    """Of ``swa``: share of all steps after which averaging begins; until then the weights are taken as they are."""
+
+
+class Lora(Section):
+    rank: int = Field(default=8, ge=1, le=1024)
+    """Width of the matrices that train beside each target layer."""
+    alpha: float = Field(default=16.0, gt=0.0, le=10_000.0)
+    """What the matrices add is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability of dropping an input of the matrices."""
+    targets: tuple[str, ...] | None = None
+    """Last parts of the names of linear layers, such as query and value. None: what peft takes for this backbone."""
+
+
+class Privacy(Section):
+    epsilon: float = Field(default=8.0, gt=0.0, le=1000.0)
+    """How much more likely any result may become by one training row, as a logarithm, over the whole run; the noise follows
+    from it. 8 is usual, 1 is strong."""
+    delta: float = Field(default=1e-5, gt=0.0, lt=1.0)
+    """Probability with which that may not hold; below 1 / training rows."""
+
+
+class Workers(Section):
+    min: int = Field(default=1, ge=1, le=4096)
+    """With fewer than these the run waits."""
+    max: int = Field(default=4, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
+        return self
+
+
 class Training(Section):
     epochs: int = Field(default=3, ge=1, le=10_000)
     batch_size: int = Field(default=32, ge=1, le=65_536)
@@ -176,6 +209,9 @@ class Training(Section):
     """Forward and backward passes per optimiser step; each sees batch_size / accumulate_steps rows. Saves memory."""
     learning_rate: float | None = Field(default=None, gt=0.0, le=10.0)
     """Peak learning rate. None: 5e-5 for text, 3e-4 for pretrained images, 1e-3 for images from random weights."""
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """The learning rate of each layer is this factor times that of the layer above it; the head has the full rate,
+    embeddings or the stem the lowest. 1 is the same rate for all."""
     weight_decay: float = Field(default=0.01, ge=0.0, le=1.0)
     """AdamW's decoupled decay; norms and biases are exempt."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -186,14 +222,22 @@ class Training(Section):
     """Gradients are scaled down to this global L2 norm; None: never."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the probability mass spread over all classes."""
+    focal_gamma: float = Field(default=0.0, ge=0.0, le=10.0)
+    """Exponent of the focal loss (Lin et al. 2017): the higher, the less rows count that are answered well already. 0 is
+    cross-entropy, 2 is usual."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     """``balanced``: each class weighs n / (classes * n_class) in the loss; or a weight per label."""
     oversample: bool = False
     """Draw the rows of rare classes more often, until all classes are equally frequent in an epoch."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """``auto``: bf16 where the processor or GPU multiplies bf16 in hardware, else fp32."""
-    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
-    """Data-parallel processes. ``auto``: one per GPU of the cluster, else one per CPU core up to 4."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] | Workers = "auto"
+    """Data-parallel processes. ``auto``: one per GPU of the cluster; on a machine without GPUs one per eight cores, on a
+    cluster without GPUs one per core, up to 4. ``{min: 1, max: 4}``: as many as there is room for; when some are lost for
+    good the run goes on with the others."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """``ddp``: each worker holds the whole network; ``fsdp``: each holds a part of its weights, gradients and optimiser,
+    for networks that do not fit otherwise. Checkpoints are the same: a run may go on with the other one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: the GPU if the cluster has any."""
     best_metric: Literal["macro_f1", "weighted_f1", "accuracy", "loss"] = "macro_f1"
@@ -201,9 +245,73 @@ class Training(Section):
     early_stopping: EarlyStopping | None = None
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps between checkpoints inside an epoch; one is written at each epoch's end in any case."""
+    checkpoint_every_s: float | None = Field(default=300.0, gt=0.0)
+    """Seconds after which another checkpoint is written inside an epoch; None: by steps alone."""
     max_failures: int = Field(default=2, ge=0, le=100)
-    """How often workers that died are started again from the last checkpoint before the run gives up."""
+    """How often workers that died or hung are started again from the last checkpoint before the run gives up."""
+    max_rollbacks: int = Field(default=3, ge=0, le=20)
+    """How often the run goes back to its last checkpoint, each time with half the learning rate, when the loss is no
+    number any more."""
+    disk_full_patience_s: float = Field(default=600.0, ge=0.0, le=86_400.0)
+    """How long a run whose disk is full waits for room before it gives up; what it wrote before is intact either way."""
+    hang_timeout_s: float = Field(default=300.0, ge=1.0, le=86_400.0)
+    """A worker that does nothing for so long is ended and started again. Longer than any single step takes."""
     augmentation: Augmentation = Augmentation()
+    folds: int | None = Field(default=None, ge=2, le=20)
+    """K-fold cross-validation: the rows of train and validation are dealt into so many folds, and each is validated by a
+    run that trains on the others. The test rows are not touched. None: no cross-validation."""
+    ensemble: Literal["folds"] | Annotated[int, Field(ge=1, le=32)] = 1
+    """Networks trained from different seeds and saved as one model, which answers with the mean of their
+    probabilities; 1 is a single network. ``folds``: the networks of the cross-validation are the members."""
+    mixup: float = Field(default=0.0, ge=0.0, le=100.0)
+    """Alpha of mixup (Zhang et al. 2018), images only: each image is blended with another by a share from Beta(alpha,
+    alpha). 0 is none, 0.2 is usual."""
+    adversarial: float = Field(default=0.0, ge=0.0, le=100.0)
+    """Epsilon of adversarial training (Miyato et al. 2017): each row is trained on a second time, its word embeddings or
+    normalised pixels moved by this L2 distance to where its loss grows fastest. 0 is none. Doubles the time."""
+    averaging: Averaging | None = None
+    """Average the weights over steps; what is validated, kept as best and saved is the average. None: the last weights."""
+    lora: Lora | None = None
+    """Train small matrices beside the backbone's layers, and the head, instead of all weights (text only; needs
+    ``pip install 'ray-orchestrator[lora]'``). The saved model is merged. None: train all weights."""
+    privacy: Privacy | None = None
+    """Differential privacy by DP-SGD (Abadi et al. 2016; needs ``pip install 'ray-orchestrator[privacy]'``): each row's
+    gradient is scaled down to ``max_grad_norm``, and noise is added. Batches are drawn by chance, ``batch_size`` rows on
+    average, and batch norms stay as they are. It covers the training rows and the saved model; checkpoints and metrics are
+    as confidential as the rows. None: none."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: far less memory, about a third more
+    time."""
+    freeze: tuple[str, ...] = ()
+    """Glob patterns of parameters that stay as they are, such as ``bert.embeddings.*`` or ``layer1.*``; batch norms among
+    them keep their statistics too."""
+
+    @model_validator(mode="after")
+    def _whole_weights(self) -> Training:
+        if self.strategy == "fsdp" and (self.averaging or self.adversarial or self.lora):
+            raise ValueError(
+                "averaging, adversarial and lora need the whole weights on each worker: set strategy to ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _private(self) -> Training:
+        """What would use a row more often than the accountant knows, or in ways that clipping does not bound."""
+        against = {
+            "strategy: fsdp": self.strategy == "fsdp", "precision: bf16": self.precision == "bf16", "mixup": self.mixup,
+            "adversarial": self.adversarial, "oversample": self.oversample, "folds": self.folds,
+            "class_weights: balanced": self.class_weights == "balanced", "ensemble": self.ensemble != 1,
+            "gradient_checkpointing": self.gradient_checkpointing, "max_grad_norm: null": self.max_grad_norm is None,
+        }  # fmt: skip
+        if self.privacy and (found := [name for name, given in against.items() if given]):
+            raise ValueError(f"privacy does not go with {', '.join(found)}: leave out one or the other")
+        return self
+
+    @model_validator(mode="after")
+    def _folds_to_join(self) -> Training:
+        if self.ensemble == "folds" and self.folds is None:
+            raise ValueError("ensemble is folds, but there are none: set training.folds, or ensemble to a number")
+        return self
 
 
 # ---------------------------------------------------------------------------------------- evaluation, promotion, serving
@@ -284,132 +392,21 @@ class Recipe(Section):
             raise ValueError(f"name {self.name!r} is a word of the command line; choose another")
         return self
 
+    @model_validator(mode="after")
+    def _folds_have_no_order(self) -> Recipe:
+        if self.training.folds and self.data.split.by and self.data.split.by.time:
+            raise ValueError(
+                f"training.folds would train on rows that are newer than those it validates on, which data.split.by.time "
+                f"({self.data.split.by.time}) rules out; leave training.folds out, or split at random or by group"
+            )
+        return self
 
-# ------------------------------------------------------------------------------------------------------------- loading
-
-_MAX_RECIPE_BYTES = 1_000_000
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), storage: str | None = None) -> Recipe:
-    """Read a recipe file, apply ``--set`` overrides (``path=value``, the value in YAML) and ``--storage``.
-
-    Raises:
-        RecipeError: file missing, not YAML, a duplicate or unknown key, a value outside its range.
-    """
-    file = Path(path)
-    try:
-        if file.stat().st_size > _MAX_RECIPE_BYTES:
-            raise RecipeError(f"a recipe is at most {_MAX_RECIPE_BYTES} bytes, but {file} has {file.stat().st_size}")
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe at {file}", "write one with: orchestrator init DATA") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {file} ({error})", "it must be a readable UTF-8 text file") from None
-    return parse_recipe(text, str(file), overrides, storage)
-
-
-def parse_recipe(
-    text: str, origin: str = "recipe", overrides: Sequence[str] = (), storage: str | None = None
-) -> Recipe:
-    """Turn YAML text into a ``Recipe``; ``origin`` names it in error messages."""
-    values, marks = read_yaml(text, origin)
-    if not isinstance(values, dict):
-        raise RecipeError(f"{origin} must be a mapping of keys", "start from: orchestrator init DATA")
-    for override in overrides:
-        _apply_override(values, override)
-    if storage is not None:
-        values["storage"] = storage
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(_explain(error, origin, marks)) from None
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, every default written out, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-
-
-def known_paths(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every dotted path of a recipe field, sections first."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        section = _section_of(field.annotation)
-        if section is not None:
-            yield from known_paths(section, f"{prefix}{name}.")
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    path, equals, raw = override.partition("=")
-    if not equals:
-        raise RecipeError(f"--set needs PATH=VALUE, but got {override!r}", "for example --set training.epochs=1")
-    keys = path.strip().split(".")
-    if path.strip() not in set(known_paths()) and keys[:2] != ["training", "class_weights"]:
-        raise RecipeError(
-            f"--set {path.strip()} is not a recipe field", _did_you_mean(path.strip(), list(known_paths()))
-        )
-    value, _ = read_yaml(raw, f"--set {path}")
-    target = values
-    for key in keys[:-1]:
-        if not isinstance(target.get(key), dict):
-            target[key] = {}
-        target = target[key]
-    target[keys[-1]] = value
-
-
-def _explain(error: ValidationError, origin: str, marks: Mapping[KeyPath, yaml.Mark]) -> str:
-    lines: dict[str, None] = {}
-    for item in error.errors():
-        location = tuple(part for part in item["loc"] if not _is_union_tag(part))
-        dotted = ".".join(map(str, location)) or "recipe"
-        lines[f"{_where(origin, location, marks)}: {_one_problem(item, dotted)}"] = None
-    return "\n".join(lines)
-
-
-def _is_union_tag(part: str | int) -> bool:
-    """Pydantic adds a union member's type to the location; users know only their keys."""
-    return isinstance(part, str) and bool(re.search(r"[\[(]|^(int|float|str|constrained-)", part))
-
-
-def _where(origin: str, location: KeyPath, marks: Mapping[KeyPath, yaml.Mark]) -> str:
-    for length in range(len(location), 0, -1):
-        if mark := marks.get(location[:length]):
-            return f"{origin}:{mark.line + 1}:{mark.column + 1}"
-    return origin
-
-
-def _one_problem(item: Any, dotted: str) -> str:
-    if item["type"] == "extra_forbidden":
-        hint = _did_you_mean(dotted, list(known_paths()))
-        return f"{dotted} is not a recipe field: {hint}"
-    if item["type"] == "missing":
-        return f"{dotted} is required: add it"
-    if item["type"] == "string_pattern_mismatch" and dotted == "name":
-        return (
-            f"name must be lower-case letters, digits, '.', '-' or '_', at most 64 characters, starting and ending with "
-            f"a letter or digit, but got {item['input']!r}"
-        )
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{dotted}: {message}"
-    return f"{dotted}: {message[0].lower()}{message[1:]}, but got {item['input']!r}"
-
-
-def _did_you_mean(dotted: str, candidates: Sequence[str]) -> str:
-    parent, _, leaf = dotted.rpartition(".")
-    siblings = [c for c in candidates if c.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(leaf, [s.rpartition(".")[2] for s in siblings], n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {f'{parent}.' if parent else ''}{near[0]}?"
-    elsewhere = [c for c in candidates if c.rpartition(".")[2] == leaf]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
-    close = difflib.get_close_matches(dotted, candidates, n=1, cutoff=0.7)
-    if close:
-        return f"did you mean {close[0]}?"
-    return "known here are " + ", ".join(s.rpartition(".")[2] for s in siblings) if siblings else "remove it"
+    @model_validator(mode="after")
+    def _knobs_fit_the_task(self) -> Recipe:
+        if self.training.mixup and self.task != "image_classification":
+            raise ValueError(
+                "training.mixup blends pixels, which texts have none of; remove it, or use label_smoothing"
+            )
+        if self.training.lora and self.task != "text_classification":
+            raise ValueError("training.lora adapts text backbones alone; remove it, or use freeze")
+        return self

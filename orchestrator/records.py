@@ -82,6 +82,55 @@ class EpochMetrics(Record):
     samples_per_s: float
 
 
+class RunMetrics(Record):
+    """One fold's run, or one member of an ensemble, at its best epoch."""
+
+    location: str
+    rows: int
+    """Rows it was validated on."""
+    best_epoch: int
+    validation: dict[str, float]
+
+
+class CrossValidation(Record):
+    runs: tuple[RunMetrics, ...]
+    """One per fold."""
+    mean: dict[str, float]
+    """Of each validation metric over the folds."""
+    deviation: dict[str, float]
+    """Standard deviation over the folds, with n - 1."""
+
+
+class Disagreement(Record):
+    """How far the members of an ensemble are from each other on the validation rows; entropies in nats."""
+
+    labels: float
+    """Share of the rows on which two members give different labels, the mean over all pairs."""
+    predictive_entropy: float
+    """Of the ensemble's probabilities, the mean over the rows."""
+    member_entropy: float
+    """Of each member's probabilities, the mean over members and rows."""
+    mutual_information: float
+    """The difference of the two: how much of the uncertainty is the members' disagreement."""
+
+
+class Ensemble(Record):
+    members: tuple[RunMetrics, ...]
+    validation: dict[str, float] | None = None
+    """Of the members' mean probabilities. None if the members are the models of folds: no validation row is new to them."""
+    disagreement: Disagreement | None = None
+    """None where ``validation`` is."""
+
+
+class PrivacySpent(Record):
+    """What a run has spent of it, an upper bound: of the training rows, by the weights."""
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    """Standard deviation of the noise in each step, in norms that a row's gradient is clipped to."""
+
+
 class ModelRecord(Record):
     stage: Literal["train"] = "train"
     name: str
@@ -109,6 +158,10 @@ class ModelRecord(Record):
     resumed: int = 0
     """How often training went on from a checkpoint after a stop or a lost worker."""
     stopped_early: bool = False
+    privacy: PrivacySpent | None = None
+    folds: CrossValidation | None = None
+    ensemble: Ensemble | None = None
+    """If there is one: steps, seconds and parameters are sums over the members; epochs are those of the first."""
 
 
 class EvaluationRecord(Record):

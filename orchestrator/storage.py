@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,11 @@ ROWS = "rows.arrow"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
+FOLDS = "folds"
+MEMBERS = "members"
+BEST = "best"
+REMEDIES = "remedies.json"
+TRACEBACK = "traceback.txt"
 MODEL = "model"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
@@ -39,6 +45,7 @@ PREDICTIONS = "predictions.parquet"
 REGISTRY_DATABASE = "registry/registry.db"
 _CHUNK_BYTES = 1 << 20
 _FLUSH_BYTES = 16 << 20
+_FORGOTTEN_S = 86_400.0
 
 
 def stage_location(stage: str, name: str, key: str) -> str:
@@ -48,6 +55,16 @@ def stage_location(stage: str, name: str, key: str) -> str:
 
 def checkpoint_location(run_location: str, step: int) -> str:
     return f"{run_location}/{CHECKPOINTS}/step-{step:08d}"
+
+
+def part_location(run_location: str, kind: str, number: int) -> str:
+    """One of the runs that make up a run, or one of the models that make up a model. ``kind``: FOLDS or MEMBERS."""
+    return f"{run_location}/{kind}/{number}"
+
+
+def best_location(run_location: str, epoch: int) -> str:
+    """The model of an epoch that was the best so far."""
+    return f"{run_location}/{BEST}/epoch-{epoch:05d}"
 
 
 def version_location(name: str, version: int) -> str:
@@ -134,6 +151,7 @@ class Storage:
         """
         staging = self.path(f".staging/{uuid.uuid4().hex}")
         try:
+            _drop_forgotten(staging.parent)
             with disk_errors(staging):
                 staging.mkdir(parents=True)
                 yield staging
@@ -233,6 +251,14 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_file(f"{self._remote(location)}/{MANIFEST}")
                 self.filesystem.delete_dir(self._remote(location))
+
+
+def _drop_forgotten(staging: Path) -> None:
+    """Remove what writers that were killed left behind: nothing was written there for a day."""
+    for folder in staging.iterdir() if staging.is_dir() else ():
+        with contextlib.suppress(OSError):  # its writer is just publishing it
+            if max(p.stat().st_mtime for p in (folder, *folder.rglob("*"))) < time.time() - _FORGOTTEN_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def atomic_write(path: Path, content: bytes) -> None:

@@ -154,7 +154,7 @@ def test_a_backbone_that_is_not_there_offline_says_what_can_be_named(
 
 def test_more_workers_than_there_are_cores_are_refused(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "check", recipe(TABLE, "training: {workers: 512}\n"))
-    assert "training.workers is 512, but this machine has" in said
+    assert "training.workers is 512, but the cluster has" in said
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator import progress
-from orchestrator.progress import Event, display, format_seconds
+from orchestrator.progress import Event, Together, display, format_seconds
 
 
 @pytest.fixture
@@ -44,3 +44,26 @@ def test_messages_are_always_kept_and_totals_may_be_unknown(capsys: pytest.Captu
 
 def test_seconds_are_words_people_read() -> None:
     assert [format_seconds(s) for s in (0.4, 59.6, 61, 3599)] == ["0s", "1m00s", "1m01s", "59m59s"]
+
+
+def test_runs_side_by_side_are_one_line_that_only_grows_and_messages_say_whose_they_are() -> None:
+    events: list[Event] = []
+    together = Together(["fold 1/3", "fold 2/3", "fold 3/3"], events.append)
+    one, two = together.report_of("fold 1/3"), together.report_of("fold 2/3")
+    one(Event("train", done=50, total=100, figures={"loss": 0.5}))
+    two(Event("train", done=22, total=110))
+    one(Event("train", message="epoch 1/1: loss 0.4"))
+    one(Event("train", done=100, total=100))
+    two(Event("train", done=110, total=110))
+    shown = [(round(event.done), event.total) for event in events if event.total]
+    assert shown == [(50, 300), (74, 315), (126, 315), (210, 315)]
+    assert events[0].figures == {"run": "fold 1/3", "loss": 0.5}
+    assert events[2].message == "fold 1/3: epoch 1/1: loss 0.4"
+
+
+def test_runs_that_were_left_behind_are_not_heard_any_more() -> None:
+    events: list[Event] = []
+    together = Together(["member 1/2"], events.append)
+    together.close()
+    together.report_of("member 1/2")(Event("train", message="worker 0 was lost"))
+    assert events == []

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import RecipeError
-from orchestrator.recipe import Recipe, load_recipe, parse_recipe, to_yaml
+from orchestrator.recipe import Recipe
+from orchestrator.recipe_file import load_recipe, parse_recipe, to_yaml
 
 GOOD = "name: reviews\ntask: text_classification\ndata: {source: reviews.csv}\n"
 
@@ -40,6 +41,10 @@ def test_the_resolved_recipe_reads_back_as_itself() -> None:
         (GOOD + "data2: !!python/object/apply:os.system [true]\n", r"data2"),
         (GOOD.replace("source: reviews.csv", ""), r"exactly one of source and split.files"),
         (GOOD.replace("reviews.csv", "a.csv, split: {train: 0.9}"), r"must sum to 1"),
+        (GOOD + "training: {mixup: 0.2}\n", r"mixup blends pixels.*remove it, or use label_smoothing"),
+        (GOOD.replace("text_", "image_") + "training: {lora: {}}\n", r"lora adapts text backbones alone"),
+        (GOOD + "training: {layer_decay: 0}\n", r"training.layer_decay: .*greater than 0.*got 0"),
+        (GOOD + "training: {averaging: {kind: mean}}\n", r"training.averaging.kind: .*'ema' or 'swa'"),
         (GOOD + "serving: {min_replicas: 5}\n", r"min_replicas \(5\) must not exceed max_replicas"),
     ],
 )  # fmt: skip
@@ -76,6 +81,12 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
 def test_set_overrides_any_field_by_its_path() -> None:
     recipe = parse_recipe(GOOD, overrides=["training.epochs=7", "data.split.by.group=customer"], storage="/elsewhere")
     assert (recipe.training.epochs, recipe.data.split.by.group, recipe.storage) == (7, "customer", "/elsewhere")
+
+
+def test_set_reaches_into_a_section_that_is_off_by_default() -> None:
+    recipe = parse_recipe(GOOD, overrides=["training.averaging.kind=swa", "training.lora.rank=4"])
+    assert (recipe.training.averaging.kind, recipe.training.averaging.start_fraction) == ("swa", 0.75)
+    assert (recipe.training.lora.rank, recipe.training.lora.alpha) == (4, 16.0)
 
 
 def test_set_of_an_unknown_field_names_the_nearest() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,16 @@ def test_a_flush_that_fails_while_the_file_is_written_fails_the_write(
     with pytest.raises(OSError, match="the disk is broken"):
         file.close()
     assert flushed
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day_and_not_before(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    for name, age_s in (("old", 90_000), ("new", 80_000)):
+        file = storage.path(f".staging/{name}/half")
+        file.parent.mkdir(parents=True)
+        file.write_text("half")
+        for path in (file, file.parent):
+            os.utime(path, (time.time() - age_s,) * 2)
+    with storage.publish("a/b") as folder:
+        (folder / "x").write_text("x")
+    assert [path.name for path in storage.path(".staging").iterdir()] == ["new"]

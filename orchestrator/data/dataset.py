@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,9 +27,13 @@ def row_columns(slices: Sequence[str], encoder: Encoder) -> pa.Schema:
     return pa.schema([("row", pa.int64()), ("raw", pa.string()), *kept, *encoder.columns()])
 
 
-def write_split(folder: Path, split: str, positions: np.ndarray, labels: np.ndarray) -> None:
-    """``positions``: int64, which rows of the rows' file; ``labels``: int32, their indices into the dataset's labels."""
-    table = pa.table({"position": pa.array(positions, pa.int64()), "label": pa.array(labels, pa.int32())})
+def write_split(folder: Path, split: str, positions: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> None:
+    """``positions``: int64, which rows of the rows' file; ``labels``: int32, their indices into the dataset's labels;
+    ``groups``: int64, rows with the same number may not be torn apart when the split is divided further."""
+    table = pa.table({
+        "position": pa.array(positions, pa.int64()), "label": pa.array(labels, pa.int32()),
+        "group": pa.array(groups, pa.int64()),
+    })  # fmt: skip
     with pa.OSFile(str(folder / split_file(split)), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 
@@ -40,20 +45,28 @@ def column_at(folder: Path, name: str, positions: np.ndarray) -> list[str]:
 
 
 class Split:
-    """One split of a prepared dataset. Rows are numbered from 0 within the split."""
+    """Rows of a prepared dataset: a split, several as one, or some rows of them. Numbered from 0 within."""
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, *splits: str) -> None:
         """Raises IntegrityError when a file is missing or not Arrow."""
-        index = _open(folder / split_file(split)).combine_chunks()
+        index = pa.concat_tables([_open(folder / split_file(split)) for split in splits]).combine_chunks()
         self._table = _open(folder / ROWS)
         self._positions: np.ndarray = index["position"].to_numpy()
         self.labels: np.ndarray = index["label"].to_numpy()
         """int32 [rows]: each row's index into the dataset's labels"""
+        self.groups: np.ndarray = index["group"].to_numpy()
+        """int64 [rows]: rows with the same number belong together: the same input, or the same split.by.group"""
         names = [n for n in self._table.column_names if n not in ("row", "raw") and not n.startswith(SLICE)]
         self._inputs = _Chunks(self._table.select(names))
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def only(self, rows: np.ndarray) -> Split:
+        """These rows alone, as a split of their own over the same file. ``rows``: indices, or a bool for each row."""
+        part = copy.copy(self)
+        part._positions, part.labels, part.groups = self._positions[rows], self.labels[rows], self.groups[rows]
+        return part
 
     def lengths(self, encoder: Encoder) -> np.ndarray:
         """int64 [rows]: what each costs the network, in tokens; ones for images."""

@@ -35,6 +35,8 @@ class Decision:
     label_of_row: np.ndarray
     """int32 [rows], index into labels; -1 where there is none"""
     labels: tuple[str, ...]
+    group_of_row: np.ndarray
+    """int64 [rows]: rows with the same number stay together, also when training rows are divided further"""
 
 
 class Facts:
@@ -148,7 +150,15 @@ def decide(recipe: Recipe, facts: Facts) -> Decision:
     verdicts[kept[leaks]] = Verdict.LEAK
     clean = kept[~leaks]
     check_labels(label_of_row[clean], splits[clean], all_labels)
-    return Decision(verdicts, splits, label_of_row, all_labels)
+    return Decision(verdicts, splits, label_of_row, all_labels, _groups(recipe, facts))
+
+
+def _groups(recipe: Recipe, facts: Facts) -> np.ndarray:
+    """The recipe's own groups, else rows with the same input (of whose hash 64 bits do)."""
+    by = recipe.data.split.by
+    if by is not None and by.group is not None:
+        return facts.column("by")
+    return facts.column("hash")["low"].view(np.int64)
 
 
 def _check_each_label_is_left(labels: tuple[str, ...], label_of_row: np.ndarray, verdicts: np.ndarray) -> None:

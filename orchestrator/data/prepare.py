@@ -25,7 +25,8 @@ from orchestrator.data.schema import Schema, infer_schema
 from orchestrator.data.sources import Source
 from orchestrator.errors import DataError
 from orchestrator.progress import Event, Report, ignore
-from orchestrator.recipe import Recipe, to_yaml
+from orchestrator.recipe import Recipe
+from orchestrator.recipe_file import to_yaml
 from orchestrator.records import DatasetRecord, SplitStats
 from orchestrator.storage import (
     QUARANTINE,
@@ -39,7 +40,7 @@ from orchestrator.storage import (
     stage_location,
 )
 
-_FORMAT = 2
+_FORMAT = 3
 _EXCERPT_CHARACTERS = 200
 
 
@@ -141,7 +142,8 @@ def _write_splits(folder: Path, facts: Facts, decision: Decision) -> None:
     written = np.flatnonzero(facts.column("verdict") == Verdict.KEPT)  # row of each position in the rows' file
     for code, split in enumerate(SPLITS):
         positions = np.flatnonzero((decision.verdicts[written] == Verdict.KEPT) & (decision.splits[written] == code))
-        write_split(folder, split, positions, decision.label_of_row[written[positions]])
+        rows = written[positions]
+        write_split(folder, split, positions, decision.label_of_row[rows], decision.group_of_row[rows])
 
 
 class Quarantine:

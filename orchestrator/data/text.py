@@ -19,8 +19,8 @@ from orchestrator.data.torchvision_ops import ensure_torchvision
 from orchestrator.errors import BackboneError
 from orchestrator.storage import sha256_json
 
-_PAD_MULTIPLE = 8
-"""Batches are padded to a multiple of this: kernels like it, and fewer shapes occur."""
+_PAD_MULTIPLE = 8 if torch.cuda.is_available() else 1
+"""Batches are padded to a multiple of this. A GPU's kernels like eight; on a CPU it would only be more work."""
 
 
 class TextEncoder:

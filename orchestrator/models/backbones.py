@@ -9,17 +9,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from orchestrator.data.torchvision_ops import ensure_torchvision
-from orchestrator.errors import BackboneError, IntegrityError
+from orchestrator.errors import BackboneError, IntegrityError, RecipeError
+from orchestrator.models import post_norm
+from orchestrator.models.ensemble import log_mean_probabilities
+from orchestrator.models.recomputing import recompute_sequences
 from orchestrator.recipe import Model
+from orchestrator.storage import MEMBERS
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -44,6 +49,29 @@ class Network(nn.Module):
         """Weights as safetensors and a config.json."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
+    def recompute(self) -> None:
+        """Keep few activations of the forward pass; the backward pass computes them again.
+
+        Raises RecipeError where the architecture cannot.
+        """
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def moving(self, move: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
+        """Have forward passes go on from ``move(rows)``: word embeddings [batch, tokens, width], or normalised pixels.
+
+        A context manager: leaving it ends this.
+        """
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def train(self, mode: bool = True) -> Self:
+        """As always, but a batch norm whose parameters are frozen keeps its statistics, and uses them."""
+        super().train(mode)
+        for norm in self.modules():
+            own = [p.requires_grad for p in norm.parameters(recurse=False)]
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and own and not any(own):
+                norm.eval()
+        return self
+
 
 class TransformersNetwork(Network):
     """Any encoder that transformers can put a sequence classification head on."""
@@ -53,6 +81,8 @@ class TransformersNetwork(Network):
         self.model = model
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.keys() == {"input_ids", "attention_mask"} and post_norm.is_supported(self.model):
+            return post_norm.forward(self.model, **inputs)
         logits: torch.Tensor = self.model(**inputs).logits
         return logits
 
@@ -85,6 +115,20 @@ class TransformersNetwork(Network):
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)  # type: ignore[operator]
+
+    def recompute(self) -> None:
+        model: Any = self.model
+        if not model.supports_gradient_checkpointing:
+            raise RecipeError(f"training.gradient_checkpointing: {type(model).__name__} has none", "set it to false")
+        model.config.use_cache = False  # of generation; the library would say that it turns it off
+        # Recent versions warn of the older name.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    def moving(self, move: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
+        model: Any = self.model
+        handle: RemovableHandle = model.get_input_embeddings().register_forward_hook(lambda _, __, rows: move(rows))
+        return handle
 
 
 class TorchvisionNetwork(Network):
@@ -123,8 +167,49 @@ class TorchvisionNetwork(Network):
                   "classes": self.classes, "dropout": self.dropout}  # fmt: skip
         (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
+    def recompute(self) -> None:
+        recompute_sequences(self.model)
 
-NETWORKS: Mapping[str, type[Network]] = {"transformers": TransformersNetwork, "torchvision": TorchvisionNetwork}
+    def moving(self, move: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
+        def hook(
+            _: nn.Module, __: tuple[()], inputs: dict[str, torch.Tensor]
+        ) -> tuple[tuple[()], dict[str, torch.Tensor]]:
+            return (), {"pixels": move(inputs["pixels"])}
+
+        return self.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class EnsembleNetwork(Network):
+    """Networks of the same labels as one; its logits are the log of the mean of the members' probabilities."""
+
+    def __init__(self, members: Sequence[Network]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return log_mean_probabilities(torch.stack([member(**inputs).float() for member in self.members]))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return cls([load_network(folder / MEMBERS / str(number)) for number in range(config["members"])])
+
+    def save(self, folder: Path) -> None:
+        write_ensemble_config(folder, len(self.members))
+        for number, member in enumerate(self.members):
+            place = folder / MEMBERS / str(number)
+            place.mkdir(parents=True)
+            member.save(place)  # type: ignore[operator]
+
+
+def write_ensemble_config(folder: Path, members: int) -> None:
+    config = {"library": "ensemble", "members": members}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+NETWORKS: Mapping[str, type[Network]] = {
+    "transformers": TransformersNetwork, "torchvision": TorchvisionNetwork, "ensemble": EnsembleNetwork,
+}  # fmt: skip
 """Library -> its networks. A saved folder says in config.json which one it is; transformers is the unspoken one."""
 
 

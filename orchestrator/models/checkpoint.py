@@ -1,7 +1,8 @@
 """The folder a trained model is saved in: any library opens it, and nothing in it runs code.
 
 ``model.safetensors`` + ``config.json`` (transformers layout, or a torchvision architecture's name with its state dict),
-the tokenizer's files, ``preprocess.json``, ``labels.json``, ``card.json``; ``manifest.json`` comes from storage.
+the tokenizer's files, ``preprocess.json``, ``labels.json``, ``card.json``; ``manifest.json`` comes from storage. An
+ensemble has such folders below ``members``, and beside them all but the weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ from safetensors import SafetensorError
 
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.encoders import load_encoder
-from orchestrator.models.backbones import Network, load_network
-from orchestrator.storage import verify_manifest
+from orchestrator.models.backbones import Network, load_network, write_ensemble_config
+from orchestrator.storage import MEMBERS, verify_manifest
 
 LABELS = "labels.json"
 CARD = "card.json"
@@ -56,6 +58,17 @@ def save_model(folder: Path, network: Network, encoder: Encoder, labels: tuple[s
     encoder.save(folder)
     _write_json(folder / LABELS, list(labels))
     _write_json(folder / CARD, {"task": task, "parameters": count_parameters(network)})
+
+
+def save_ensemble(folder: Path, members: Sequence[Path]) -> None:
+    """Write saved models of the same task and labels as one into an existing folder. Copies, so that it stands alone."""
+    for number, member in enumerate(members):
+        shutil.copytree(member, folder / MEMBERS / str(number))
+    cards = [json.loads((member / CARD).read_text(encoding="utf-8")) for member in members]
+    write_ensemble_config(folder, len(members))
+    load_encoder(members[0]).save(folder)
+    shutil.copyfile(members[0] / LABELS, folder / LABELS)
+    _write_json(folder / CARD, {"task": cards[0]["task"], "parameters": sum(card["parameters"] for card in cards)})
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from orchestrator.errors import ServingFailed
-from orchestrator.recipe import Recipe, to_yaml
+from orchestrator.recipe import Recipe
+from orchestrator.recipe_file import to_yaml
 from orchestrator.storage import Storage, atomic_write, endpoint_host_file
 
 _READY_TIMEOUT_S = 180.0

@@ -12,6 +12,9 @@ from orchestrator.data.encoder import Encoder
 from orchestrator.models.backbones import NETWORKS, Network
 from orchestrator.recipe import Model, Recipe
 
+_TINY = 1e-8
+"""The focal loss takes no probability for closer to 1: its slope there would be infinite."""
+
 
 class Task:
     """One kind of problem. Classification's loss and answers live here; inputs and networks in the subclasses."""
@@ -37,9 +40,20 @@ class Task:
         """Peak learning rate: the recipe's, else the task's own."""
         raise TypeError(f"{type(self).__name__} names no learning rate")
 
-    def row_losses(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-        """Cross-entropy of each row: [batch, classes], [batch] -> [batch]."""
-        return functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    def row_losses(
+        self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, focal_gamma: float = 0.0
+    ) -> torch.Tensor:
+        """Cross-entropy of each row: [batch, classes], [batch] -> [batch].
+
+        With ``focal_gamma`` each class's term is scaled by (1 - p) ** focal_gamma, p being its probability.
+        """
+        if focal_gamma == 0.0:
+            return functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+        log_p = logits.log_softmax(-1)
+        targets = torch.full_like(log_p, label_smoothing / log_p.shape[-1])
+        targets.scatter_add_(-1, labels[:, None], torch.full_like(log_p[:, :1], 1.0 - label_smoothing))
+        others = (-torch.expm1(log_p)).clamp_min(_TINY)
+        return -(targets * others**focal_gamma * log_p).sum(-1)
 
     def answer(self, probabilities: Sequence[float], labels: tuple[str, ...]) -> dict[str, Any]:
         """What a client gets for one input: the most probable label and the probability of each."""

@@ -7,14 +7,17 @@ torch.distributed only if a process group is there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import distributed, nn
 
+from orchestrator.training.adversarial import FastGradient
+from orchestrator.training.failure import Diverged
+from orchestrator.training.parallel import clip_gradients, synchronise
 from orchestrator.training.precision import Precision, autocast
 
 RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -30,6 +33,8 @@ class MicroBatch:
     """int64 [batch]"""
     weights: torch.Tensor
     """float32 [batch]: each row's share of the loss; 0 for a row that only keeps an idle worker in step."""
+    partners: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Labels and weights of the rows that these are blended with."""
 
 
 @dataclass(frozen=True)
@@ -44,48 +49,65 @@ class Compute:
 
 def train_step(
     network: nn.Module,
-    micro_batches: Sequence[MicroBatch],
+    micro_batches: Iterable[MicroBatch],
     optimizer: torch.optim.Optimizer,
     row_losses: RowLosses,
     compute: Compute,
     *,
     total_weight: float,
     max_grad_norm: float | None,
-) -> float:
-    """One optimiser step over a global batch; returns this worker's share of its loss.
+    adversary: FastGradient | None = None,
+) -> tuple[float, float]:
+    """One optimiser step over a global batch; returns this worker's share of its loss, and the norm of the gradients.
 
     The loss is the weighted mean over the rows of *all* workers (``total_weight`` is the sum of their weights), so the
-    result does not depend on how the batch was dealt. DDP averages gradients, hence the factor ``world``.
+    result does not depend on how the batch was dealt. DDP averages gradients, hence the factor ``world``. With an
+    ``adversary`` the gradients of its second pass are added; the loss is that of the first.
+
+    Raises:
+        Diverged: the gradients are no numbers, on every worker alike. The weights are as they were.
     """
     optimizer.zero_grad(set_to_none=True)
     loss_sum = 0.0
-    for index, batch in enumerate(micro_batches):
-        last, lonely = index == len(micro_batches) - 1, len(batch.labels) == 1
-        with (
-            _synchronise(network, last=last),
-            autocast(compute.precision, compute.device),
-            _statistics(network, lonely),
-        ):
-            losses = row_losses(network(**batch.inputs).float(), batch.labels)
-            loss = (losses * batch.weights).sum() * (compute.world / total_weight)
-            loss.backward()
-        loss_sum += loss.item() / compute.world
-    if max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
+    for batch, last in _told_the_last(micro_batches):
+        for number, final in enumerate(adversary.passes() if adversary else (True,)):
+            with (
+                synchronise(network, last=last and final),
+                autocast(compute.precision, compute.device),
+                _statistics(network, lonely=len(batch.labels) == 1),
+            ):
+                loss = _weighted_loss(network, batch, row_losses) * (compute.world / total_weight)
+                loss.backward()
+            loss_sum += loss.item() / compute.world if number == 0 else 0.0
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    norm = clip_gradients(network, limit)
+    if not math.isfinite(norm):
+        raise Diverged(f"the loss is {loss_sum:g} and the norm of the gradients {norm:g}")
     optimizer.step()
-    return loss_sum
+    return loss_sum, norm
 
 
-def _synchronise(network: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Gradients cross the network once per step: with the last micro-batch."""
-    if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
-        waiting: AbstractContextManager[None] = network.no_sync()
-        return waiting
-    return contextlib.nullcontext()
+def _weighted_loss(network: nn.Module, batch: MicroBatch, row_losses: RowLosses) -> torch.Tensor:
+    logits = network(**batch.inputs).float()
+    loss = (row_losses(logits, batch.labels) * batch.weights).sum()
+    if batch.partners:
+        labels, weights = batch.partners
+        loss = loss + (row_losses(logits, labels) * weights).sum()
+    return loss
+
+
+def _told_the_last(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
+    """Each with whether it is the last one; one is made ahead."""
+    iterator = iter(batches)
+    batch = next(iterator)
+    for following in iterator:
+        yield batch, False
+        batch = following
+    yield batch, True
 
 
 @contextlib.contextmanager
-def _statistics(network: nn.Module, lonely: bool) -> Iterator[None]:
+def _statistics(network: nn.Module, *, lonely: bool) -> Iterator[None]:
     """One row alone has no variance: batch norms then use their running statistics, and leave them as they are."""
     norms = (
         [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]

@@ -28,9 +28,9 @@ class MetricsLog:
             self.handle = self.file.open("ab")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """``kind``: ``train`` (a step) or ``validation`` (an epoch)."""
+        """``kind``: ``train`` (a step) or ``validation`` (an epoch). ``time`` in the file is in seconds since 1970."""
         with disk_errors(self.file):
-            self.handle.write(_line({"kind": kind, "step": step, **values}))
+            self.handle.write(_line({"kind": kind, "step": step, "time": time.time(), **values}))
             self.handle.flush()
             self.board.write(step, {f"{kind}/{n}": float(v) for n, v in values.items() if isinstance(v, int | float)})
 

@@ -1,109 +1,142 @@
 """Training on Ray: places the workers, shows their progress, starts them again when some are lost.
 
 In: a ``TrainJob`` and the session. Out: when ``fit`` returns, the run's folder holds the trained model. Ray Train makes
-the process group; checkpoints are ours (``state.py``), so each attempt is a fresh Ray run that goes on from our own.
+the process group of several workers; one worker is a plain Ray task, which starts twice as fast. Checkpoints are ours
+(``state.py``), so each attempt is a fresh Ray run that goes on from our own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import queue
+import shutil
+import signal
 import threading
 import time
+import traceback
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
-import ray.train
-import ray.train.torch
-from ray.exceptions import RayActorError, RayTaskError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+import torch
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import OrchestratorError, ResourceError, TrainingFailed
-from orchestrator.progress import Event, Report
-from orchestrator.recipe import Training
-from orchestrator.session import Resources, Session
-from orchestrator.training.failure import Retry, WorkerFailure, decide
+from orchestrator.models.hardware import keep_freed_memory
+from orchestrator.progress import Event, Report, Together
+from orchestrator.session import Session
+from orchestrator.storage import TRACEBACK, Storage, atomic_write
+from orchestrator.training.failure import Retry, WorkerFailure, decide, failure_of, first_line
+from orchestrator.training.mailbox import Mailbox
+from orchestrator.training.placement import Placement
+from orchestrator.training.state import read_remedies, write_remedies
+from orchestrator.training.watch import Heart, Watch
 from orchestrator.training.worker import Place, TrainJob, train_worker
 
-_POLL_S = 0.3
-_CONNECTION_WORDS = ("gloo", "nccl", "connection", "process group", "store")
-_MAX_AUTO_CPU_WORKERS = 4
+_POLL_S = 0.5
 _PATIENCE_S, _REMIND_EVERY_S = 1800.0, 30.0
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How many workers, on what."""
-
-    workers: int
-    device: Literal["cpu", "cuda"]
-    cpus_per_worker: float
-
-
-def place_workers(training: Training, resources: Resources) -> Placement:
-    """Workers and devices for what the cluster has.
-
-    Raises:
-        ResourceError: more workers, or other devices, than the cluster has: said now instead of waiting for ever.
-    """
-    device: Literal["cpu", "cuda"] = "cuda" if resources.gpus and training.device != "cpu" else "cpu"
-    if training.device == "cuda" and not resources.gpus:
-        raise ResourceError(f"training.device is cuda, but the cluster has no GPU ({resources})", "set it to auto")
-    slots = int(resources.gpus if device == "cuda" else resources.cpus)
-    free = max(1, slots if device == "cuda" else int(resources.free_cpus))
-    kind = "GPUs" if device == "cuda" else "CPUs"
-    if training.workers != "auto" and training.workers > slots:
-        raise ResourceError(
-            f"training.workers is {training.workers}, but the cluster has {slots} {kind} ({resources})",
-            f"set training.workers to at most {slots}, or to auto",
-        )
-    workers = _automatic(free, device, training.batch_size) if training.workers == "auto" else training.workers
-    cpus = max(1.0, resources.free_cpus // workers) if resources.nodes == 1 else 1.0
-    return Placement(workers, device, min(cpus, resources.cpus_of_largest_node))
-
-
-def _automatic(slots: int, device: str, batch_size: int) -> int:
-    """As many as there are, but never more than rows in a batch, and on CPUs not more than pays off."""
-    limit = slots if device == "cuda" else min(slots, _MAX_AUTO_CPU_WORKERS)
-    return max(1, min(limit, batch_size))
+_SETTLE_S = 20.0
+"""How long an elastic run waits for lost workers' places before it goes on with fewer: a node that died still counts as
+there for a while, and a process that died gives its place back only after a moment."""
+_BEATS_PER_TIMEOUT = 10
 
 
 def fit(job: TrainJob, placement: Placement, session: Session, report: Report) -> int:
     """Train until the run is finished; returns how many attempts failed on the way.
 
     Raises:
-        TrainingFailed: the loop raised, or workers were lost more often than ``training.max_failures``.
+        TrainingFailed: the loop raised, or failed in a way, or so often, that ``failure.decide`` gives up.
     """
-    with _mailbox(report) as mailbox:
-        for attempt in range(job.recipe.training.max_failures + 1):
-            wait_for_room(placement, report)
-            failures = _attempt(replace(job, attempt=attempt), placement, session, mailbox)
-            if not failures:
-                return attempt
-            decision = decide(failures, attempt, job.recipe.training.max_failures)
-            if not isinstance(decision, Retry):
-                raise decision.error
-            report(Event("train", message=decision.reason))
-    raise AssertionError("decide() stops at max_failures")
+    training, storage = job.recipe.training, Storage(job.recipe.storage)
+    failed = restarts = 0
+    while True:
+        placement = wait_for_room(placement, report)
+        failures = _attempt(job, placement, session, report)
+        if not failures:
+            return failed
+        remedies = read_remedies(storage, job.run)
+        decision = decide(failures, restarts, remedies, training, placement.workers)
+        if not isinstance(decision, Retry):
+            raise decision.error
+        report(Event("train", message=decision.reason))
+        if decision.remedies != remedies:
+            write_remedies(storage, job.run, decision.remedies)
+        if decision.disk_full:
+            _wait_for_disk(storage.path(job.run), job.state_bytes, training.disk_full_patience_s, decision.disk_full)
+        failed, restarts = failed + 1, restarts + decision.is_restart
 
 
-def wait_for_room(placement: Placement, report: Report, patience_s: float = _PATIENCE_S) -> None:
-    """Until what the workers need is free, saying so: Ray Train would wait in silence, then fail without a reason.
+def fit_all(
+    jobs: Mapping[str, TrainJob], placement: Placement, at_once: int, session: Session, report: Report
+) -> Iterator[str]:
+    """Train several runs side by side, ``at_once`` at a time; gives the name of each when it is finished.
+
+    Each has a thread: Ray Train takes a signal handler on the main thread only, so Ctrl-C interrupts the wait for them
+    here, and leaving Ray ends them. When a run fails, no other is started; those under way go on to their end, then
+    its error is raised.
+    """
+    together, ended = Together(jobs, report), queue.SimpleQueue[tuple[str, BaseException | None]]()
+    waiting, running, failed = list(jobs), 0, list[BaseException]()
+
+    def train(name: str) -> None:
+        try:
+            fit(jobs[name], placement, session, together.report_of(name))
+            ended.put((name, None))
+        except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
+            ended.put((name, error))
+
+    try:
+        with _quiet_loggers():
+            while running or (waiting and not failed):
+                while waiting and running < at_once and not failed:
+                    running += 1
+                    threading.Thread(target=train, args=(waiting.pop(0),), daemon=True).start()
+                name, error = ended.get()
+                running -= 1
+                if error is None:
+                    yield name
+                    continue
+                failed.append(error)
+                if running:
+                    report(Event("train", message=f"{name} failed ({error}); the runs under way go on to their end"))
+    finally:
+        together.close()
+    if failed:
+        raise failed[0]
+
+
+def _wait_for_disk(folder: Path, needed_bytes: int, patience_s: float, error: OrchestratorError) -> None:
+    """Until the disk has room again. Raises ``error`` when that does not happen within ``patience_s``."""
+    deadline = time.monotonic() + patience_s
+    while shutil.disk_usage(folder).free < needed_bytes:
+        if time.monotonic() > deadline:
+            raise error
+        time.sleep(_POLL_S)
+
+
+def wait_for_room(placement: Placement, report: Report, patience_s: float = _PATIENCE_S) -> Placement:
+    """Until what the workers need is free, saying so: Ray Train would wait in silence, then fail without a reason. An
+    elastic run soon goes on with fewer workers.
 
     Raises:
         ResourceError: it was not free within ``patience_s``.
     """
-    needed = {"CPU": placement.workers * placement.cpus_per_worker}
-    needed |= {"GPU": float(placement.workers)} if placement.device == "cuda" else {}
     started, said_at = time.monotonic(), float("-inf")
-    while lacking := {name: n for name, n in needed.items() if ray.available_resources().get(name, 0.0) < n}:
+    while lacking := _lacking(placement):
         waited_s = time.monotonic() - started
         told = ", ".join(f"{n:g} {name}s" for name, n in lacking.items())
+        if waited_s > _SETTLE_S and placement.fewest is not None and (fewer := _fewer(placement)):
+            report(Event("train", message=f"going on with {fewer.workers} of {placement.workers} workers"))
+            return fewer
         if waited_s > patience_s:
             raise ResourceError(
                 f"the workers need {told}, which something else has held for {waited_s:.0f} s",
@@ -113,11 +146,63 @@ def wait_for_room(placement: Placement, report: Report, patience_s: float = _PAT
             said_at = time.monotonic()
             report(Event("train", message=f"waiting for {told}, which something else is using"))
         time.sleep(_POLL_S)
+    return placement
 
 
-def _attempt(job: TrainJob, placement: Placement, session: Session, mailbox: Any) -> list[WorkerFailure]:
+def _lacking(placement: Placement) -> dict[str, float]:
+    """What the workers need, of that which is not free in this amount."""
+    needed = {"CPU": placement.workers * placement.cpus_per_worker}
+    needed |= {"GPU": float(placement.workers)} if placement.device == "cuda" else {}
+    free = ray.available_resources()
+    return {name: n for name, n in needed.items() if free.get(name, 0.0) < n}
+
+
+def _fewer(placement: Placement) -> Placement | None:
+    """The largest placement that fits now; None: not even the fewest do."""
+    smaller = (replace(placement, workers=n) for n in range(placement.workers - 1, (placement.fewest or 1) - 1, -1))
+    return next((candidate for candidate in smaller if not _lacking(candidate)), None)
+
+
+def _attempt(job: TrainJob, placement: Placement, session: Session, report: Report) -> list[WorkerFailure]:
+    """One run of all workers, from the last checkpoint to the end or to the first failure."""
+    watch = Watch(job.recipe.training.hang_timeout_s)
+    with _quiet_loggers(), _mailbox() as mailbox:
+        run = _run_alone if placement.workers == 1 else partial(_run_together, session=session)
+        failures, hung = _follow(partial(run, job, placement, mailbox), mailbox, watch, report)
+    return [*hung.values(), *(failure for failure in failures if failure.rank not in hung)]
+
+
+def _run_alone(job: TrainJob, placement: Placement, mailbox: Any) -> list[WorkerFailure]:
+    """One worker needs no process group: none of Ray Train's processes is started, and none takes time from it."""
+    gpus = int(placement.device == "cuda")
+    task = ray.remote(num_cpus=placement.cpus_per_worker, num_gpus=gpus, max_retries=0, max_calls=1)(_on_only_worker)
+    try:
+        ray.get(task.options(name="TrainWorker").remote(job, mailbox, int(placement.cpus_per_worker)))
+    except (RayTaskError, WorkerCrashedError, OutOfMemoryError) as error:
+        return [_classify(0, error)]
+    return []
+
+
+def _run_together(job: TrainJob, placement: Placement, mailbox: Any, session: Session) -> list[WorkerFailure]:
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+    try:
+        _trainer(job, placement, session, mailbox).fit()
+    except WorkerGroupError as error:
+        return [_classify(rank, failure) for rank, failure in sorted(error.worker_failures.items())]
+    except TrainingFailedError as error:
+        raise TrainingFailed(
+            f"Ray could not run the workers ({first_line(_root(error))})", "run: orchestrator doctor"
+        ) from error
+    return []
+
+
+def _trainer(job: TrainJob, placement: Placement, session: Session, mailbox: Any) -> Any:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
-    trainer = ray.train.torch.TorchTrainer(
+    return TorchTrainer(
         _on_worker,
         train_loop_config={"job": job, "mailbox": mailbox, "threads": int(placement.cpus_per_worker)},
         scaling_config=ScalingConfig(
@@ -130,39 +215,116 @@ def _attempt(job: TrainJob, placement: Placement, session: Session, mailbox: Any
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    try:
-        with _quiet_loggers():
-            trainer.fit()
-    except WorkerGroupError as error:
-        return [_classify(rank, failure) for rank, failure in sorted(error.worker_failures.items())]
-    except TrainingFailedError as error:
-        raise TrainingFailed(
-            f"Ray could not run the workers ({_first_line(_root(error))})", "run: orchestrator doctor"
-        ) from error
-    return []
+
+
+def _follow(
+    run: Callable[[], list[WorkerFailure]], mailbox: Any, watch: Watch, report: Report
+) -> tuple[list[WorkerFailure], dict[int, WorkerFailure]]:
+    """Wait for the workers' end, showing what they say; a worker that hangs is ended. Returns what ``run`` did, and hangs.
+
+    It waits in a thread: in the main thread Ray Train would answer Ctrl-C with exit status 0.
+    """
+    done, hung = Future[list[WorkerFailure]](), dict[int, WorkerFailure]()
+
+    def wait() -> None:
+        try:
+            done.set_result(run())
+        except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
+            done.set_exception(error)
+
+    threading.Thread(target=wait, name="workers", daemon=True).start()
+    while not wait_for([done], timeout=_POLL_S).done:
+        events, beats = ray.get(mailbox.drain.remote())
+        for event in events:
+            report(event)
+        watch.note(beats, time.monotonic())
+        for hang in watch.hung(time.monotonic()):
+            if hang.rank not in hung:
+                hung[hang.rank] = WorkerFailure(hang.rank, "hung", hang.message)
+                _end_process(hang.process)
+    for event in ray.get(mailbox.drain.remote())[0]:
+        report(event)
+    return done.result(), hung
+
+
+def _end_process(process: str) -> None:
+    """``process``: node id and pid. SIGKILL from a task on its node: Ray asks a process to end itself, and this one does
+    not listen."""
+    node, _, pid = process.partition(" ")
+    here = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    with contextlib.suppress(RayTaskError):  # it is gone already
+        ray.get(ray.remote(num_cpus=0, scheduling_strategy=here)(_kill).remote(int(pid)))
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+class _Reported(Exception):
+    """Carries a worker's failure, classified where it happened, to the driver."""
+
+    def __init__(self, failure: WorkerFailure) -> None:
+        super().__init__(failure)
+        self.failure = failure
 
 
 def _on_worker(config: dict[str, Any]) -> None:
-    import torch
+    """Among several, by Ray Train."""
+    from ray.train import get_context
+    from ray.train.torch import get_device
 
-    torch.set_num_threads(max(1, config["threads"]))
-    context = ray.train.get_context()
-    mailbox = config["mailbox"]
-    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    train_worker(config["job"], place, lambda event: mailbox.put.remote(event) and None)
+    context = get_context()
+    _work(place=Place(context.get_world_rank(), context.get_world_size(), get_device()), **config)
+
+
+def _on_only_worker(job: TrainJob, mailbox: Any, threads: int) -> None:
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    _work(job, Place(0, 1, device), mailbox, threads)
+
+
+def _work(job: TrainJob, place: Place, mailbox: Any, threads: int) -> None:
+    keep_freed_memory()
+    torch.set_num_threads(max(1, threads))
+    process = f"{ray.get_runtime_context().get_node_id()} {os.getpid()}"
+    every_s = job.recipe.training.hang_timeout_s / _BEATS_PER_TIMEOUT
+    with Heart(place.rank, process, mailbox.beat.remote, every_s) as beat:
+        try:
+            train_worker(job, place, lambda event: mailbox.put.remote(event) and None, beat)
+        except Exception as error:  # noqa: BLE001  whatever it is, the driver decides
+            _keep_traceback(job)
+            raise _Reported(failure_of(place.rank, error)) from None
     if place.rank == 0:
         ray.get(mailbox.flush.remote())
 
 
+def _keep_traceback(job: TrainJob) -> None:
+    """In the run's folder, for whoever has to find the cause."""
+    storage, location = Storage(job.recipe.storage), f"{job.run}/{TRACEBACK}"
+    with contextlib.suppress(Exception):  # the disk may be what failed
+        atomic_write(storage.path(location), traceback.format_exc().encode())
+        storage.push(location)
+
+
 def _classify(rank: int, failure: BaseException) -> WorkerFailure:
     cause = _root(failure)
-    if isinstance(cause, (RayActorError, WorkerHealthCheckTimeoutError)):
-        return WorkerFailure(rank, "lost", _first_line(cause))
-    if isinstance(cause, OrchestratorError):
-        return WorkerFailure(rank, "raised", str(cause), cause)
-    text = f"{type(cause).__name__}: {_first_line(cause)}"
-    lost_peer = isinstance(cause, RuntimeError) and any(word in str(cause).lower() for word in _CONNECTION_WORDS)
-    return WorkerFailure(rank, "connection" if lost_peer else "raised", text)
+    if isinstance(cause, _Reported):
+        return cause.failure
+    if isinstance(cause, (RayActorError, WorkerCrashedError, OutOfMemoryError)) or _named(cause, _SILENT):
+        return WorkerFailure(rank, _kind_of_loss(cause), first_line(cause))
+    return failure_of(rank, cause)
+
+
+_SILENT, _FAILED_CHECK = "WorkerHealthCheckTimeoutError", "WorkerHealthCheckFailedError"
+"""Of Ray Train, which is slow to import and not needed by a single worker."""
+
+
+def _named(error: BaseException, name: str) -> bool:
+    return type(error).__name__ == name
+
+
+def _kind_of_loss(error: BaseException) -> Literal["lost", "out_of_memory"]:
+    """Ray ends a process itself when its node is about to run out of memory."""
+    return "out_of_memory" if "low on memory" in str(error) else "lost"
 
 
 def _root(error: BaseException) -> BaseException:
@@ -170,8 +332,8 @@ def _root(error: BaseException) -> BaseException:
     while True:
         if isinstance(error, RayTaskError):
             inner = error.cause
-        elif isinstance(error, WorkerHealthCheckFailedError):
-            inner = error.health_check_failure
+        elif _named(error, _FAILED_CHECK):
+            inner = error.health_check_failure  # type: ignore[attr-defined]
         else:
             inner = error.__cause__
         if not isinstance(inner, BaseException):
@@ -179,52 +341,15 @@ def _root(error: BaseException) -> BaseException:
         error = inner
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-class _Mailbox:
-    """Carries events from worker 0 to the driver without a barrier among the workers."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def put(self, event: Event) -> None:
-        self.events.append(event)
-
-    def drain(self) -> list[Event]:
-        events, self.events = self.events, []
-        return events
-
-    def flush(self) -> None:
-        """Returns after every ``put`` that was sent before it."""
-
-
 @contextlib.contextmanager
-def _mailbox(report: Report) -> Iterator[Any]:
-    """A mailbox whose events reach ``report`` while the block runs, the last ones before it ends."""
-    actor = ray.remote(num_cpus=0, max_restarts=0)(_Mailbox).remote()
-    stop = threading.Event()
-
-    def relay() -> None:
-        for event in ray.get(actor.drain.remote()):
-            report(event)
-
-    def loop() -> None:
-        while not stop.wait(_POLL_S):
-            with contextlib.suppress(RayActorError):
-                relay()
-
-    thread = threading.Thread(target=loop, name="progress", daemon=True)
-    thread.start()
+def _mailbox() -> Iterator[Any]:
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )  # not on one that may die
+    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(Mailbox).remote()
     try:
         yield actor
     finally:
-        stop.set()
-        thread.join(timeout=5)
-        with contextlib.suppress(RayActorError):
-            relay()
         ray.kill(actor)
 
 

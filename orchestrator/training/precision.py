@@ -9,14 +9,17 @@ from typing import Literal
 import torch
 
 from orchestrator.models.hardware import has_bf16
+from orchestrator.recipe import Training
 
 Precision = Literal["fp32", "bf16"]
 
 
-def resolve_precision(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
-    """``auto``: bf16 only where hardware multiplies it."""
-    if wanted != "auto":
-        return wanted
+def resolve_precision(training: Training, device: torch.device) -> Precision:
+    """``auto``: bf16 only where hardware multiplies it; private gradients need fp32."""
+    if training.precision != "auto":
+        return training.precision
+    if training.privacy:
+        return "fp32"
     return "bf16" if has_bf16(device) else "fp32"
 
 

@@ -1,12 +1,14 @@
 """What a stopped run goes on from: weights, optimiser, position in the data, the best epoch so far, its history.
 
 In: a ``TrainState``. Out: a published folder, verified when it is read. Random states are not in it: every random number
-is drawn from the seed and the position, so that a resumed run draws what the unbroken one would have.
+is drawn from the seed (or a private run's secret, which is in it) and the position, so that a resumed run draws what the
+unbroken one would have.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import torch
 
 from orchestrator.errors import IntegrityError
 from orchestrator.models.checkpoint import system_errors
-from orchestrator.storage import CHECKPOINTS, Storage, checkpoint_location
+from orchestrator.storage import BEST, CHECKPOINTS, MODEL, REMEDIES, Storage, best_location, checkpoint_location
+from orchestrator.training.failure import Remedies
 
 _TENSORS, _POSITION = "tensors.pt", "position.json"
 
@@ -41,16 +44,42 @@ class Position:
         return replace(self, epoch=self.epoch + 1, batch=0, loss_sum=0.0)
 
 
-def save_state(
-    storage: Storage, run: str, position: Position, network: dict[str, Any], optimizer: dict[str, Any], keep: int = 2
-) -> None:
-    """Publish a checkpoint, then drop all but the newest ``keep``. Raises DiskFull."""
+def save_state(storage: Storage, run: str, position: Position, tensors: dict[str, Any], keep: int = 2) -> None:
+    """Publish a checkpoint, then drop all but the newest ``keep``, and the models none of those names. Raises DiskFull."""
     with storage.publish(checkpoint_location(run, position.step)) as folder:
         with system_errors(), (folder / _TENSORS).open("wb") as file:
-            torch.save({"network": network, "optimizer": optimizer}, file)
+            torch.save(tensors, file)
         (folder / _POSITION).write_text(json.dumps(asdict(position)), encoding="utf-8")
     for old in storage.children(f"{run}/{CHECKPOINTS}")[:-keep]:
         storage.remove(f"{run}/{CHECKPOINTS}/{old}")
+    _collect_models(storage, run)
+
+
+def _collect_models(storage: Storage, run: str) -> None:
+    """Drop the models that no checkpoint names any more."""
+    kept = [_read_position(storage, run, name) for name in storage.children(f"{run}/{CHECKPOINTS}")]
+    needed = best_location(run, min((position.best_epoch for position in kept), default=-1))
+    for old in storage.children(f"{run}/{BEST}"):
+        if f"{run}/{BEST}/{old}" < needed:
+            storage.remove(f"{run}/{BEST}/{old}")
+
+
+def publish_model(storage: Storage, run: str, best_epoch: int) -> None:
+    """Make the best epoch's model the run's. Does nothing when that was done before."""
+    best = best_location(run, best_epoch)
+    if storage.exists(f"{run}/{MODEL}") and not storage.exists(best):
+        return
+    with storage.publish(f"{run}/{MODEL}") as folder:
+        shutil.copytree(storage.fetch(best), folder, dirs_exist_ok=True)
+    storage.remove(best)
+
+
+def read_remedies(storage: Storage, run: str) -> Remedies:
+    return Remedies(**(storage.read_json(f"{run}/{REMEDIES}") or {}))
+
+
+def write_remedies(storage: Storage, run: str, remedies: Remedies) -> None:
+    storage.write_json(f"{run}/{REMEDIES}", asdict(remedies))
 
 
 def latest_state(storage: Storage, run: str) -> tuple[Position, Path | None]:
@@ -66,7 +95,7 @@ def latest_state(storage: Storage, run: str) -> tuple[Position, Path | None]:
             continue
         try:
             folder = storage.fetch(location)
-            return Position(**json.loads((folder / _POSITION).read_text(encoding="utf-8"))), folder
+            return _read_position(storage, run, name), folder
         except IntegrityError as error:
             broken.append(error.message)
     if broken:
@@ -77,6 +106,12 @@ def latest_state(storage: Storage, run: str) -> tuple[Position, Path | None]:
     return Position(), None
 
 
-def load_tensors(folder: Path, device: torch.device) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(folder / _TENSORS, map_location=device, weights_only=True)
+def _read_position(storage: Storage, run: str, name: str) -> Position:
+    values = storage.read_json(f"{run}/{CHECKPOINTS}/{name}/{_POSITION}")
+    return Position(**(values or {}))
+
+
+def load_tensors(folder: Path) -> dict[str, Any]:
+    """What ``save_state`` was given, in the processor's memory."""
+    state: dict[str, Any] = torch.load(folder / _TENSORS, map_location="cpu", weights_only=True)
     return state

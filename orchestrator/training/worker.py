@@ -6,37 +6,63 @@ best epoch's model, checkpoints, metrics. Runs alone as well as among many; know
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from orchestrator.data.augment import augment
 from orchestrator.data.batches import evaluation_batches, plan_epoch, share
-from orchestrator.data.dataset import Split
 from orchestrator.data.encoders import load_encoder
 from orchestrator.data.images import ImageEncoder
-from orchestrator.errors import TrainingFailed
+from orchestrator.errors import IntegrityError, TrainingFailed
 from orchestrator.evaluation.metrics import summary
+from orchestrator.models.backbones import Network
 from orchestrator.models.checkpoint import save_model
 from orchestrator.progress import Event
 from orchestrator.recipe import Recipe
-from orchestrator.storage import METRICS, MODEL, TENSORBOARD, Storage
+from orchestrator.storage import METRICS, TENSORBOARD, Storage, best_location
 from orchestrator.tasks import TASKS
+from orchestrator.training import lora
+from orchestrator.training.adversarial import FastGradient
+from orchestrator.training.averaging import Average
+from orchestrator.training.failure import Diverged
+from orchestrator.training.folds import Fold, training_splits
+from orchestrator.training.freezing import freeze, frozen_sha256, load_trained_state, trained_state
 from orchestrator.training.loop import Compute, MicroBatch, predict, train_step
 from orchestrator.training.metrics_log import MetricsLog
+from orchestrator.training.mixup import blend, plan_mixup
 from orchestrator.training.optim import build_optimizer, schedule_factor, set_learning_rate
+from orchestrator.training.parallel import copied, is_sharded, load_optimizer, place, state_of
 from orchestrator.training.precision import resolve_precision
-from orchestrator.training.state import Position, latest_state, load_tensors, save_state
+from orchestrator.training.privacy import (
+    Noise,
+    PrivateGradients,
+    draw_batches,
+    epsilon_spent,
+    freeze_batch_norms,
+    sample_rate,
+)
+from orchestrator.training.saving import BackgroundWriter
+from orchestrator.training.state import (
+    Position,
+    latest_state,
+    load_tensors,
+    publish_model,
+    read_remedies,
+    save_state,
+)
 
 _GROWING = (METRICS, TENSORBOARD)
 _REPORT_EVERY_S = 0.5
+_ANY_ROW = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True)
@@ -47,7 +73,10 @@ class TrainJob:
     dataset: str
     """Location of the prepared dataset."""
     labels: tuple[str, ...]
-    attempt: int = 0
+    state_bytes: int = 0
+    """About what a run keeps on disk: two checkpoints and two models."""
+    fold: Fold | None = None
+    """Train on the other folds of train and validation, and validate on this one."""
 
 
 @dataclass(frozen=True)
@@ -60,56 +89,96 @@ class Place:
 Emit = Callable[[Event], None]
 
 
-def train_worker(job: TrainJob, place: Place, emit: Emit) -> None:
-    """Train to the end, or raise. Every worker of the group calls it with the same job."""
-    _Worker(job, place, emit).run()
+def train_worker(job: TrainJob, place: Place, emit: Emit, beat: Callable[[], None] = lambda: None) -> None:
+    """Train to the end, or raise. Every worker of the group calls it with the same job.
+
+    ``beat`` is called whenever something is done: the worker that no longer does is hung.
+
+    Raises:
+        Diverged: the loss or the gradients are no numbers; the last checkpoint's are.
+        DiskFull, IntegrityError: of the run's folder.
+    """
+    _Worker(job, place, emit, beat).run()
 
 
 class _Worker:
-    def __init__(self, job: TrainJob, place: Place, emit: Emit) -> None:
+    def __init__(self, job: TrainJob, place: Place, emit: Emit, beat: Callable[[], None]) -> None:
         recipe = job.recipe
-        self.job, self.settings, self.emit = job, recipe.training, emit
+        self.job, self.settings, self.emit, self.beat = job, recipe.training, emit, beat
         self.storage, self.task = Storage(recipe.storage), TASKS[recipe.task]
-        precision = resolve_precision(self.settings.precision, place.device)
+        precision = resolve_precision(self.settings, place.device)
         self.compute = Compute(place.device, precision, place.rank, place.world)
         self.leads = place.rank == 0
-        self.reported_at = 0.0
+        self.reported_at, self.saved_at = 0.0, time.monotonic()
         self._load_data()
         self._build(recipe)
-        self._resume()
 
     def _load_data(self) -> None:
         folder = self.storage.fetch(self.job.dataset, verify=self.leads)
         self.encoder = load_encoder(folder / "encoder")
-        self.train, self.validation = Split(folder, "train"), Split(folder, "validation")
+        self.train, self.validation = training_splits(folder, self.job.fold)
         self.train_lengths, self.validation_lengths = (s.lengths(self.encoder) for s in (self.train, self.validation))
         self.class_weights = class_weights(self.settings.class_weights, self.train.labels, self.job.labels)
 
     def _build(self, recipe: Recipe) -> None:
+        """The network and its optimiser, as new or as the last checkpoint has them."""
         torch.manual_seed(recipe.seed)  # the head's weights, the same on every worker
-        self.network = self.task.network(recipe.model, self.job.labels).to(self.compute.device).train()
-        self.peak_rate = self.task.learning_rate(recipe)
-        self.optimizer = build_optimizer(self.network, self.peak_rate, self.settings.weight_decay)
-        self.total_steps = self.settings.epochs * len(self._plan(0))
-
-    def _resume(self) -> None:
+        self.network = self.task.network(recipe.model, self.job.labels).train()
+        if self.settings.lora:
+            lora.adapt(self.network, self.settings.lora)
+        freeze(self.network, self.settings.freeze)
+        if self.settings.privacy:
+            freeze_batch_norms(self.network)
+        self.frozen_sha256 = frozen_sha256(self.network)
+        if self.settings.gradient_checkpointing:
+            self.network.recompute()
+        batches = math.ceil(len(self.train.labels) / self.settings.batch_size)
+        self.peak_rate, self.total_steps = self.task.learning_rate(recipe), self.settings.epochs * batches
+        self.remedies = read_remedies(self.storage, self.job.run)
         self.position, folder = latest_state(self.storage, self.job.run)
-        if folder is not None:
-            tensors = load_tensors(folder, self.compute.device)
-            self.network.load_state_dict(tensors["network"])
-            self.optimizer.load_state_dict(tensors["optimizer"])
+        tensors = None if folder is None else load_tensors(folder)
+        if tensors is not None:
+            if tensors["frozen_sha256"] != self.frozen_sha256:
+                raise IntegrityError(f"the backbone is not the one that {self.job.run} began with", "restore its files")
+            load_trained_state(self.network, tensors["network"])
+        self.noise = self._noise(tensors)
+        world = 1 if self.noise else self.compute.world  # private gradients are summed after they are clipped
+        self.parallel = place(self.network, self.settings.strategy, self.compute.device, world)
+        self.optimizer = build_optimizer(
+            self.network, self.peak_rate, self.settings.weight_decay, self.settings.layer_decay
+        )
+        averaging, epsilon = self.settings.averaging, self.settings.adversarial
+        self.average = Average(self.network, averaging, self.total_steps) if averaging else None
+        self.adversary = FastGradient(self.network, epsilon) if epsilon else None
+        max_norm, batch_size = self.settings.max_grad_norm, self.settings.batch_size
+        self.private = (
+            PrivateGradients(self.network, self.noise, max_norm, batch_size) if self.noise and max_norm else None
+        )
+        if tensors is not None:
+            load_optimizer(self.network, self.optimizer, tensors["optimizer"])
+            if self.average:
+                self.average.load_state_dict(tensors["average"])
             self.position = replace(self.position, resumed=self.position.resumed + 1)
-        self.parallel: nn.Module = self.network
-        if self.compute.world > 1:
-            cuda = [self.compute.device] if self.compute.device.type == "cuda" else None
-            self.parallel = nn.parallel.DistributedDataParallel(self.network, device_ids=cuda)
+
+    def _noise(self, tensors: dict[str, Any] | None) -> Noise | None:
+        """Of the run so far; a new run has a new one."""
+        if self.settings.privacy is None:
+            return None
+        if tensors is not None:
+            return Noise(**tensors["noise"])
+        return Noise.agreed(self.settings.privacy, self._sample_rate(), self.total_steps, self.compute.world)
+
+    def _sample_rate(self) -> float:
+        return sample_rate(len(self.train.labels), self.settings.batch_size)
 
     def run(self) -> None:
-        self.log = self._open_log() if self.leads else None
+        self.log, self.writer = self._open_log() if self.leads else None, BackgroundWriter(self.beat)
         try:
             while not self.position.finished:
                 self._epoch()
+            self.writer.finish()
         finally:
+            self.writer.close()
             if self.log:
                 self.log.close()
 
@@ -120,6 +189,8 @@ class _Worker:
         return MetricsLog(self.storage.path(self.job.run), self.position.step)
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
+        if self.noise:
+            return draw_batches(len(self.train.labels), self.settings.batch_size, self.noise.secret, epoch)
         return plan_epoch(
             self.train_lengths, self.train.labels, batch_size=self.settings.batch_size, seed=self.job.recipe.seed,
             epoch=epoch, oversample=self.settings.oversample,
@@ -133,47 +204,90 @@ class _Worker:
 
     def _step(self, batch: np.ndarray, batches: int) -> None:
         started, at = time.perf_counter(), self.position
-        rate = self.peak_rate * schedule_factor(
-            at.step, self.total_steps, self.settings.warmup_fraction, self.settings.schedule
-        )
+        rate = self._learning_rate()
         set_learning_rate(self.optimizer, rate)
         torch.manual_seed(_mix(self.job.recipe.seed, at.step, self.compute.rank))
-        loss = train_step(
-            self.parallel, list(self._micro_batches(batch)), self.optimizer, self._row_losses, self.compute,
-            total_weight=float(self.class_weights[self.train.labels[batch]].sum()),
-            max_grad_norm=self.settings.max_grad_norm,
-        )  # fmt: skip
-        loss = self._sum_over_workers(loss)
+        try:
+            loss, grad_norm = self._private_step(batch) if self.private else self._plain_step(batch)
+        except Diverged as error:
+            raise self._diverged(error.message) from None
+        loss, due = self._sum_over_workers(loss, float(self.leads and self._checkpoint_is_due(at.step + 1)))
         if not math.isfinite(loss):
-            raise TrainingFailed(
-                f"the loss is {loss} at step {at.step + 1} (epoch {at.epoch + 1}, learning rate {rate:.3g})",
-                "lower training.learning_rate, set training.precision: fp32, or check the backbone's weights",
-            )
+            raise self._diverged(f"the loss is {loss:g}")
+        if self.average:
+            self.average.update(self.network, at.step)
         seconds = time.perf_counter() - started
         self.position = replace(
             at, batch=at.batch + 1, step=at.step + 1, loss_sum=at.loss_sum + loss, seconds=at.seconds + seconds
         )
-        self._log_step(loss, rate, len(batch) / seconds, batches)
-        every = self.settings.checkpoint_every_steps
-        if every and self.position.step % every == 0 and self.position.batch < batches:
+        self._log_step(
+            {"loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "samples_per_s": len(batch) / seconds}
+        )
+        if due and self.position.batch < batches:
             self._checkpoint()
 
+    def _plain_step(self, batch: np.ndarray) -> tuple[float, float]:
+        return train_step(
+            self.parallel, self._micro_batches(batch), self.optimizer, self._row_losses, self.compute,
+            total_weight=float(self.class_weights[self.train.labels[batch]].sum()),
+            max_grad_norm=self.settings.max_grad_norm, adversary=self.adversary,
+        )  # fmt: skip
+
+    def _private_step(self, batch: np.ndarray) -> tuple[float, float]:
+        assert self.private and self.noise
+        # What is done again after a rollback, with another rate, must not show the same noise on other gradients.
+        seed = _mix(self.noise.secret, self.position.step, self.remedies.rollbacks)
+        result = self.private.step(self._micro_batches(batch), self._row_losses, seed, self.compute.world)
+        self.optimizer.step()
+        return result
+
+    def _learning_rate(self) -> float:
+        settings, step = self.settings, self.position.step
+        factor = schedule_factor(step, self.total_steps, settings.warmup_fraction, settings.schedule)
+        return self.peak_rate * self.remedies.rate_factor * factor
+
+    def _diverged(self, what: str) -> TrainingFailed:
+        at = self.position
+        told = f"{what} at step {at.step + 1} (epoch {at.epoch + 1}, learning rate {self._learning_rate():.3g})"
+        if at.step == 0:  # no learning rate has had a part in it
+            return TrainingFailed(told, "set training.precision: fp32, or check the backbone's weights and the inputs")
+        return Diverged(told, "lower training.learning_rate, or set training.precision: fp32")
+
+    def _checkpoint_is_due(self, step: int) -> bool:
+        """After this step. The leader decides, by its clock."""
+        steps, seconds = self.settings.checkpoint_every_steps, self.settings.checkpoint_every_s
+        if steps and step % steps == 0:
+            return True
+        return seconds is not None and time.monotonic() - self.saved_at >= seconds
+
     def _row_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.task.row_losses(logits, labels, self.settings.label_smoothing)
+        return self.task.row_losses(logits, labels, self.settings.label_smoothing, self.settings.focal_gamma)
 
     def _micro_batches(self, batch: np.ndarray) -> Iterator[MicroBatch]:
         """This worker's rows in ``accumulate_steps`` parts, the same number of parts on every worker."""
-        mine = share(batch, self.compute.rank, self.compute.world)
-        for part in np.array_split(mine, self.settings.accumulate_steps):
+        partners, kept = plan_mixup(batch, self.settings.mixup, self.job.recipe.seed, self.position.step)
+        for part, mates in zip(self._dealt(batch), self._dealt(partners), strict=True):
+            self.beat()
             idle = len(part) == 0
-            rows = batch[:1] if idle else part  # an idle worker computes one row that weighs nothing
-            labels = self.train.labels[rows]
-            weights = np.zeros(1, np.float32) if idle else self.class_weights[labels]
-            yield MicroBatch(
-                self._inputs(self.train.inputs(rows), rows),
-                torch.from_numpy(labels.astype(np.int64)).to(self.compute.device),
-                torch.from_numpy(weights).to(self.compute.device),
-            )
+            micro_batch = self._micro_batch(_ANY_ROW if idle else part, idle=idle)
+            if kept < 1.0:
+                mixed_in = self._micro_batch(_ANY_ROW if idle else mates, idle=idle)
+                micro_batch = blend(micro_batch, mixed_in, kept)
+            yield micro_batch
+
+    def _dealt(self, batch: np.ndarray) -> list[np.ndarray]:
+        mine = share(batch, self.compute.rank, self.compute.world)
+        return np.array_split(mine, self.settings.accumulate_steps * self.remedies.accumulate_factor)
+
+    def _micro_batch(self, rows: np.ndarray, *, idle: bool) -> MicroBatch:
+        """An ``idle`` worker computes one row that weighs nothing."""
+        labels = self.train.labels[rows]
+        weights = np.zeros(1, np.float32) if idle else self.class_weights[labels]
+        return MicroBatch(
+            self._inputs(self.train.inputs(rows), rows),
+            torch.from_numpy(labels.astype(np.int64)).to(self.compute.device),
+            torch.from_numpy(weights).to(self.compute.device),
+        )
 
     def _inputs(self, table: pa.Table, rows: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         """Tensors on the device; with ``rows``, training images are augmented, each by its own seed."""
@@ -185,24 +299,23 @@ class _Worker:
             inputs = self.encoder.collate(table)
         return {name: tensor.to(self.compute.device, non_blocking=True) for name, tensor in inputs.items()}
 
-    def _sum_over_workers(self, value: float) -> float:
+    def _sum_over_workers(self, *values: float) -> tuple[float, ...]:
         if self.compute.world == 1:
-            return value
-        total = torch.tensor([value], dtype=torch.float64, device=self.compute.device)
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.compute.device)
         distributed.all_reduce(total)
-        return float(total.item())
+        return tuple(total.tolist())
 
-    def _log_step(self, loss: float, rate: float, samples_per_s: float, batches: int) -> None:
+    def _log_step(self, values: dict[str, float]) -> None:
         if not self.log:
             return
         position = self.position
-        self.log.write("train", position.step, {"epoch": position.epoch, "loss": loss, "learning_rate": rate,
-                                                "samples_per_s": samples_per_s})  # fmt: skip
+        self.log.write("train", position.step, {"epoch": position.epoch, **values})
         now = time.monotonic()
         if now - self.reported_at >= _REPORT_EVERY_S:
             self.reported_at = now
-            figures: dict[str, float | str] = {"epoch": f"{position.epoch + 1}/{self.settings.epochs}", "loss": loss,
-                       "samples/s": samples_per_s}  # fmt: skip
+            figures: dict[str, float | str] = {"epoch": f"{position.epoch + 1}/{self.settings.epochs}",
+                       "loss": values["loss"], "samples/s": values["samples_per_s"]}  # fmt: skip
             self.emit(Event("train", done=position.step, total=self.total_steps, figures=figures))
 
     def _end_epoch(self, batches: int) -> None:
@@ -213,12 +326,11 @@ class _Worker:
         is_best = position.best_epoch < 0 or value > position.best_value + gain
         if is_best:
             position = replace(position, best_epoch=position.epoch, best_value=value)
-            self._save_best()
         self._log_epoch(scores, batches, is_best)
         early = self._should_stop(position)
         finished = early or position.epoch + 1 >= self.settings.epochs
         self.position = replace(position.next_epoch(), finished=finished, stopped_early=early)
-        self._checkpoint()
+        self._checkpoint(with_model=is_best)
 
     def _should_stop(self, position: Position) -> bool:
         stopping = self.settings.early_stopping
@@ -227,14 +339,22 @@ class _Worker:
     def _validate(self) -> dict[str, float]:
         size = self.job.recipe.evaluation.batch_size
         shares = evaluation_batches(self.validation_lengths, size, self.compute.rank, self.compute.world)
-        batches = ((rows, self._inputs(self.validation.inputs(rows))) for rows in shares)
-        probabilities = predict(self.network, batches, len(self.validation.labels), self.compute)
+        if is_sharded(self.network):  # it computes together or not at all
+            most = len(evaluation_batches(self.validation_lengths, size, 0, self.compute.world))
+            shares += [np.zeros(1, np.int64)] * (most - len(shares))
+        batches = ((rows, self._validation_inputs(rows)) for rows in shares)
+        if self.average:
+            self.average.agree()
+        probabilities = predict(self._result(), batches, len(self.validation.labels), self.compute)
         return summary(self.validation.labels, probabilities)
 
-    def _save_best(self) -> None:
-        if self.leads:
-            with self.storage.publish(f"{self.job.run}/{MODEL}") as folder:
-                save_model(folder, self.network, self.encoder, self.job.labels, self.task.name)
+    def _result(self) -> Network:
+        """The network that is validated and saved."""
+        return self.average.network if self.average else self.network
+
+    def _validation_inputs(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        self.beat()
+        return self._inputs(self.validation.inputs(rows))
 
     def _log_epoch(self, scores: dict[str, float], batches: int, is_best: bool) -> None:
         if not self.log:
@@ -244,23 +364,56 @@ class _Worker:
         speed = position.step * self.settings.batch_size / max(position.seconds, 1e-9)
         values: dict[str, Any] = {"epoch": position.epoch, "train_loss": position.loss_sum / batches, **scores,
                                   "learning_rate": rate, "samples_per_s": speed}  # fmt: skip
+        if self.noise and self.settings.privacy:
+            values |= {"noise_multiplier": self.noise.multiplier, "epsilon": epsilon_spent(
+                self.settings.privacy, self.noise.multiplier, self._sample_rate(), position.step)}  # fmt: skip
         self.log.write("validation", position.step, values)
         shown = f"loss {values['train_loss']:.4f}, validation " + ", ".join(
             f"{name} {scores[name]:.4f}" for name in ("loss", "accuracy", "macro_f1")
         )
+        shown += f", epsilon {values['epsilon']:.2f}" if "epsilon" in values else ""
         line = f"epoch {position.epoch + 1}/{self.settings.epochs}: {shown}{' (best)' if is_best else ''}"
         self.emit(Event("train", message=line))
 
-    def _checkpoint(self) -> None:
-        if self.log:
-            self.log.flush()  # the log first: whoever goes on from the checkpoint finds the lines of all steps before it
-            for name in _GROWING:
-                self.storage.push(f"{self.job.run}/{name}")
-            save_state(
-                self.storage, self.job.run, self.position, self.network.state_dict(), self.optimizer.state_dict()
-            )
-        if self.compute.world > 1:
-            distributed.barrier()
+    def _checkpoint(self, *, with_model: bool = False) -> None:
+        """Have everything written that a run needs to go on from here; ``with_model``: these weights are the best so far."""
+        self.saved_at = time.monotonic()
+        self.writer.finish()  # before memory is taken for another copy
+        state = state_of(self.network, self.optimizer) | {"frozen_sha256": self.frozen_sha256}
+        state["network"] = trained_state(self.network, state["network"])
+        if not self.log:
+            return
+        if self.average:
+            state["average"] = copied(self.average.state_dict())
+        if self.noise:
+            state["noise"] = asdict(self.noise)
+        model = self._detached_model(state) if with_model else None
+        log, position = self.log, self.position
+        self.writer.submit(lambda: self._write(log, position, state, model))
+
+    def _detached_model(self, state: dict[str, Any]) -> Network:
+        """A network of its own with these weights."""
+        if not is_sharded(self.network):
+            return copy.deepcopy(self._result()).cpu()
+        network = self.task.network(self.job.recipe.model, self.job.labels)
+        freeze(network, self.settings.freeze)
+        load_trained_state(network, state["network"])
+        return network
+
+    def _write(self, log: MetricsLog, position: Position, state: dict[str, Any], model: Network | None) -> None:
+        """What the later needs comes first: the log and the best model, then the checkpoint that counts on them."""
+        run = self.job.run
+        log.flush()
+        for name in _GROWING:
+            self.storage.push(f"{run}/{name}")
+        if model is not None:
+            if self.settings.lora:
+                lora.merge(model)
+            with self.storage.publish(best_location(run, position.best_epoch)) as folder:
+                save_model(folder, model, self.encoder, self.job.labels, self.task.name)
+        if position.finished:
+            publish_model(self.storage, run, position.best_epoch)
+        save_state(self.storage, run, position, state)
 
 
 def class_weights(setting: str | dict[str, float], labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray:

@@ -16,7 +16,7 @@ import yaml
 
 import orchestrator
 from orchestrator.cli import VERBS
-from orchestrator.recipe import parse_recipe
+from orchestrator.recipe_file import parse_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = ("storage.yaml", "rayjob.yaml", "rayservice.yaml")

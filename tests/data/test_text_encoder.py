@@ -24,9 +24,9 @@ def test_collate_pads_to_the_longest_and_masks_it(tiny_backbone: Path) -> None:
     encoder = TextEncoder.from_backbone(str(tiny_backbone), 32)
     table = pa.table(encoder.encode(TEXTS[:3]).columns)
     batch = encoder.collate(table)
-    assert batch["input_ids"].shape == (3, 8)
+    assert batch["input_ids"].shape == (3, 6)
     assert batch["attention_mask"].sum(dim=1).tolist() == encoder.lengths(table).tolist() == [6, 3, 2]
-    assert batch["input_ids"][1, 3:].tolist() == [encoder.tokenizer.pad_token_id] * 5
+    assert batch["input_ids"][1, 3:].tolist() == [encoder.tokenizer.pad_token_id] * 3
 
 
 def test_collate_takes_any_rows_of_a_table(tiny_backbone: Path) -> None:

@@ -2,6 +2,8 @@
 is the storage, the data and the installed project."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,9 @@ from typing import Any
 
 import pytest
 from own_cluster import BIN, OwnCluster, own_cluster
+
+from orchestrator.storage import METRICS
+from orchestrator.training.metrics_log import read_metrics
 
 
 def can_hide_folders() -> bool:
@@ -98,3 +103,31 @@ def test_a_relative_storage_is_refused_where_the_other_node_could_not_see_it(clu
                             cluster.dashboard, cwd=recipe.parent)  # fmt: skip
     assert submitted.returncode == 2, submitted.stderr[-4000:]
     assert "storage 'results' is relative and would lie on the head node alone" in submitted.stderr
+
+
+def test_an_elastic_run_goes_on_with_the_workers_that_are_left_when_a_node_dies(
+    cluster: OwnCluster, recipe: Path
+) -> None:
+    """The last test of this file: the second node does not come back."""
+    command = [BIN / "orchestrator", "train", recipe, "--address", cluster.address, "--json", "--set", "seed=3",
+               "--set", "training.workers={min: 1, max: 4}", "--set", "training.checkpoint_every_steps=10"]  # fmt: skip
+    runs = set((recipe.parent / "runs" / "train").iterdir())
+    process = subprocess.Popen(list(map(str, command)), env=cluster.environment, cwd=recipe.parent, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+    def steps() -> list[int]:
+        logs = [run / METRICS for run in set((recipe.parent / "runs" / "train").iterdir()) - runs]
+        return [line["step"] for log in logs for line in read_metrics(log) if line["kind"] == "train"]
+
+    wait_until(lambda: process.poll() is not None or len(steps()) > 60, "training is under way", timeout_s=120)
+    second = cluster.nodes.pop()
+    os.killpg(second.pid, signal.SIGKILL)
+    second.wait(10)
+    assert len(steps()) < 240, "the fault fired in the midst of training"
+    out, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said[-4000:]
+    assert "on 2 cpu workers" in said and "was lost; going on from the last checkpoint" in said
+    assert "going on with 1 of 2 workers" in said
+    record = json.loads(out.splitlines()[-1])
+    assert record["resumed"] == 1 and record["best_value"] > 0.85
+    assert steps() == list(range(1, 241)), "no step is missing, none is there twice"

@@ -18,7 +18,7 @@ def split_of(folder: Path, columns: dict[str, pa.Array], labels: list[int]) -> S
     table = pa.table(columns)
     with pa.OSFile(str(folder / ROWS), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    write_split(folder, "test", np.arange(len(labels)), np.array(labels, np.int32))
+    write_split(folder, "test", np.arange(len(labels)), np.array(labels, np.int32), np.arange(len(labels)))
     return Split(folder, "test")
 
 

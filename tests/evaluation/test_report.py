@@ -8,12 +8,24 @@ import pytest
 
 from orchestrator.evaluation.report import TestRows, write_report
 from orchestrator.evaluation.scores import evaluate_predictions
-from orchestrator.records import CleaningCounts, DatasetRecord, EpochMetrics, EvaluationRecord, ModelRecord, SplitStats
+from orchestrator.present import describe
+from orchestrator.records import (
+    CleaningCounts,
+    CrossValidation,
+    DatasetRecord,
+    Disagreement,
+    Ensemble,
+    EpochMetrics,
+    EvaluationRecord,
+    ModelRecord,
+    RunMetrics,
+    SplitStats,
+)
 
 ATTACK = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 
 
-def render(path: Path, classes: int, names: tuple[str, ...] | None = None) -> str:
+def render(path: Path, classes: int, names: tuple[str, ...] | None = None, **changes: object) -> str:
     generator = np.random.default_rng(0)
     names = names or tuple(f"class {c}" for c in range(classes))
     labels = np.concatenate([np.arange(classes), generator.integers(0, classes, 300)])
@@ -36,6 +48,7 @@ def render(path: Path, classes: int, names: tuple[str, ...] | None = None) -> st
         steps=150, workers=2, device="cpu", precision="fp32", parameters=22_700_000, size_bytes=90_000_000,
         seconds=100.0, samples_per_s=20.0,
     )  # fmt: skip
+    model = model.model_copy(update=changes)
     evaluation = EvaluationRecord(
         name="demo", key="e" * 64, location="evaluate/demo", model="m" * 64, dataset="d" * 64, rows=len(labels),
         metrics=scores.metrics, per_class=scores.per_class, confusion=scores.confusion,
@@ -72,3 +85,40 @@ def test_the_page_shows_figures_mistakes_slices_and_lineage(tmp_path: Path) -> N
 
 def test_the_same_evaluation_gives_the_same_page(tmp_path: Path) -> None:
     assert render(tmp_path / "a.html", 2) == render(tmp_path / "b.html", 2)
+
+
+RUNS = tuple(RunMetrics(location=f"train/r/folds/{i}", rows=40 + i, best_epoch=i, validation={"loss": 0.4, "macro_f1": v})
+             for i, v in enumerate((0.811, 0.832)))  # fmt: skip
+FOLDS = CrossValidation(runs=RUNS, mean={"loss": 0.4, "macro_f1": 0.8215}, deviation={"loss": 0.0, "macro_f1": 0.0149})
+APART = Disagreement(labels=0.125, predictive_entropy=0.6, member_entropy=0.45, mutual_information=0.15)
+
+
+def test_folds_and_members_are_tables_where_there_are_any(tmp_path: Path) -> None:
+    plain = render(tmp_path / "plain.html", 2)
+    assert "Cross-validation" not in plain and "Ensemble" not in plain
+    ensemble = Ensemble(members=RUNS, validation={"loss": 0.39, "macro_f1": 0.851}, disagreement=APART)
+    page = render(tmp_path / "report.html", 2, folds=FOLDS, ensemble=ensemble)
+    for shown in (
+        "Cross-validation",
+        "<td>0.811</td>",
+        "standard deviation",
+        "<td>0.015</td>",
+        "<td>0.851</td>",
+        "12.5%",
+    ):
+        assert shown in page
+
+
+def test_the_same_tables_are_lines_of_text() -> None:
+    ensemble = Ensemble(members=RUNS, validation={"loss": 0.39, "macro_f1": 0.851}, disagreement=APART)
+    values = {
+        "stage": "train", "backbone": "tiny", "parameters": 1, "size_bytes": 1, "steps": 9, "seconds": 1.0,
+        "samples_per_s": 1.0, "workers": 1, "device": "cpu", "precision": "fp32", "stopped_early": False, "best_epoch": 0,
+        "best_metric": "macro_f1", "best_value": 0.85, "folds": FOLDS.model_dump(), "ensemble": ensemble.model_dump(),
+    }  # fmt: skip
+    lines = [line.split() for line in describe(values).splitlines()]
+    assert ["folds", "rows", "epoch", "loss", "macro_f1"] in lines
+    assert ["fold", "2", "41", "2", "0.4000", "0.8320"] in lines
+    assert ["deviation", "0.0000", "0.0149"] in lines
+    assert "2 members, each validation macro_f1 0.8110 to 0.8320, together 0.8510" in describe(values)
+    assert "on 12.5% of the validation rows" in describe(values)

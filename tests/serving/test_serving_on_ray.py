@@ -30,7 +30,7 @@ def ask(url: str, body: Any = None, headers: dict[str, str] | None = None) -> An
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers or {})
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.load(answer), {k.lower(): v for k, v in answer.headers.items()}
     except urllib.error.HTTPError as error:
         return error.code, json.load(error), {k.lower(): v for k, v in error.headers.items()}
@@ -70,7 +70,10 @@ class Load:
 
     def _ask(self) -> None:
         while not self.stopped.is_set():
-            self.answers.append(ask(self.url, {"instances": TEXTS[:2]}))
+            try:
+                self.answers.append(ask(self.url, {"instances": TEXTS[:2]}))
+            except OSError as error:  # no answer at all: a failure as well
+                self.answers.append((0, {"error": repr(error)}, {}))
             time.sleep(0.02)  # leaves the cores to the replica that starts
 
     def __enter__(self) -> Load:
@@ -206,9 +209,10 @@ def test_a_killed_replica_costs_no_request(endpoint: str) -> None:
         names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
         (victim,) = [name for name in names if name.startswith("SERVE_REPLICA::model-reviews#")]
         ray.kill(ray.get_actor(victim, "serve"))
-        before = len(load.answers)
-        while len(load.answers) < before + 20:
+        before, deadline = len(load.answers), time.monotonic() + 90
+        while len(load.answers) < before + 20 and time.monotonic() < deadline:
             time.sleep(0.1)
+    assert len(load.answers) >= before + 20, "answers come again"
     assert load.failed() == []
 
 

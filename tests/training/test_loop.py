@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from orchestrator.recipe import Privacy, Training
 from orchestrator.training.loop import Compute, MicroBatch, predict, train_step
 from orchestrator.training.optim import build_optimizer, schedule_factor
 from orchestrator.training.precision import resolve_precision
@@ -43,7 +44,7 @@ def step(network: nn.Module, parts: list[MicroBatch], **options: float | None) -
     optimizer = build_optimizer(network, 0.01, 0.1)
     total = float(sum(part.weights.sum() for part in parts))
     return train_step(network, parts, optimizer, losses, CPU, total_weight=total,
-                      max_grad_norm=options.get("max_grad_norm", 1.0))  # fmt: skip
+                      max_grad_norm=options.get("max_grad_norm", 1.0))[0]  # fmt: skip
 
 
 def test_accumulated_uneven_parts_give_the_step_of_the_whole_batch() -> None:
@@ -137,8 +138,9 @@ def test_the_network_trains_again_after_predicting() -> None:
 def test_auto_precision_is_bf16_only_where_hardware_has_it() -> None:
     capabilities = torch.cpu.get_capabilities()
     in_hardware = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16")
-    assert resolve_precision("auto", torch.device("cpu")) == ("bf16" if in_hardware else "fp32")
-    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert resolve_precision(Training(), torch.device("cpu")) == ("bf16" if in_hardware else "fp32")
+    assert resolve_precision(Training(precision="bf16"), torch.device("cpu")) == "bf16"
+    assert resolve_precision(Training(privacy=Privacy()), torch.device("cpu")) == "fp32"
 
 
 class Normed(nn.Module):

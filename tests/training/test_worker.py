@@ -13,12 +13,16 @@ from orchestrator.data.dataset import Split
 from orchestrator.data.prepare import content_key, prepare
 from orchestrator.data.sources import open_source
 from orchestrator.errors import DiskFull, IntegrityError, TrainingFailed
+from orchestrator.models.backbones import TransformersNetwork
 from orchestrator.progress import Event
-from orchestrator.recipe import Recipe, parse_recipe
+from orchestrator.recipe import Recipe
+from orchestrator.recipe_file import parse_recipe
 from orchestrator.storage import METRICS, MODEL, Storage, sha256_file
 from orchestrator.tasks import TASKS
+from orchestrator.training.failure import Diverged, Remedies
 from orchestrator.training.metrics_log import read_metrics
-from orchestrator.training.state import latest_state
+from orchestrator.training.optim import schedule_factor
+from orchestrator.training.state import latest_state, write_remedies
 from orchestrator.training.worker import Place, TrainJob, train_worker
 
 ALONE = Place(0, 1, torch.device("cpu"))
@@ -132,7 +136,7 @@ def test_one_image_at_a_time_trains_although_batch_norm_needs_two(
     assert latest_state(Storage(recipe.storage), job.run)[0].finished
 
 
-def test_a_loss_that_is_no_number_ends_the_run_at_its_step(job: TrainJob, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_from_the_first_step_on_ends_the_run(job: TrainJob, tmp_path: Path) -> None:
     backbone = tmp_path / "broken"
     shutil.copytree(str(job.recipe.model.backbone), backbone)
     weights = load_file(backbone / "model.safetensors")
@@ -141,10 +145,48 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(job: TrainJob, tmp_pa
     model = job.recipe.model.model_copy(update={"backbone": str(backbone)})
     broken = prepared(job.recipe.model_copy(update={"model": model}))
     with pytest.raises(
-        TrainingFailed, match=r"the loss is nan at step 1 \(epoch 1, .*\): lower training.learning_rate"
-    ):
+        TrainingFailed, match=r"the loss is nan .* at step 1 \(epoch 1, .*\): .*check the backbone"
+    ) as caught:
         train_worker(broken, ALONE, lambda event: None)
+    assert not isinstance(caught.value, Diverged), "a lower learning rate would not help"
     assert latest_state(Storage(job.recipe.storage), broken.run)[1] is None, "no checkpoint holds broken weights"
+
+
+def test_a_loss_that_overflows_leaves_the_last_checkpoint_and_half_the_rate_gets_on(job: TrainJob) -> None:
+    storage = Storage(job.recipe.storage)
+    with OverflowAt(40), pytest.raises(Diverged, match=r"the loss is nan .* at step 41 \(epoch 2, learning rate"):
+        train_worker(job, ALONE, lambda event: None)
+    position, _ = latest_state(storage, job.run)
+    assert (position.step, position.epoch) == (40, 1), "the last good checkpoint"
+    write_remedies(storage, job.run, Remedies(rate_factor=0.5, rollbacks=1))
+    train_worker(job, ALONE, lambda event: None)
+    rates = {line["step"]: line["learning_rate"] for line in lines_of(storage, job, "train")}
+    planned = 2.0e-3
+    assert rates[40] == pytest.approx(planned * schedule_factor(39, 240, 0.06, "linear"))
+    assert rates[41] == pytest.approx(0.5 * planned * schedule_factor(40, 240, 0.06, "linear"))
+
+
+class OverflowAt:
+    """In the block, the training step after ``steps`` gives logits that are no numbers."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __enter__(self) -> None:
+        self.handle = torch.nn.modules.module.register_module_forward_hook(self._spoil)
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.remove()
+
+    def _spoil(self, module: torch.nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tensor | None:
+        if not isinstance(module, TransformersNetwork) or not module.training:
+            return None
+        self.left -= 1
+        return None if self.left >= 0 else logits * float("nan")
+
+
+def lines_of(storage: Storage, job: TrainJob, kind: str) -> list[dict[str, float]]:
+    return [line for line in read_metrics(storage.path(f"{job.run}/{METRICS}")) if line["kind"] == kind]
 
 
 @pytest.mark.parametrize("limit_bytes", [8_000, 60_000])

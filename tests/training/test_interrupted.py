@@ -1,0 +1,116 @@
+"""`orchestrator train`, interrupted at any moment in every way and repeated, goes on as if nothing had been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from running import last_step, lines_of, recipe_text, training_processes
+
+from orchestrator.storage import sha256_file
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent.parent
+EPOCHS = 15
+STEPS = EPOCHS * 40
+"""Three times as many as are done between two interruptions: workers go on for seconds after their command has died."""
+
+
+def start(recipe: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "orchestrator.cli", "train", str(recipe), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, object]:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    record: dict[str, object] = json.loads(out.splitlines()[-1])
+    return record
+
+
+def reached(storage: Path) -> int:
+    return max((last_step(run) for run in storage.glob("train/*")), default=0)
+
+
+def descendants(pid: int) -> set[int]:
+    """Its children, their children and so on."""
+    children: dict[int, list[int]] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):  # it has ended
+            continue
+        children.setdefault(parent, []).append(int(process.name))
+    found, waiting = set[int](), [pid]
+    while waiting:
+        waiting += (below := children.get(waiting.pop(), []))
+        found |= set(below)
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for_end(pids: set[int], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while left := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < deadline, f"still there after {timeout_s:g} s: {left}"
+        time.sleep(0.2)
+
+
+def interrupt(recipe: Path, storage: Path, how: signal.Signals) -> tuple[int, str, set[int]]:
+    """Train on, and send the signal to the command some steps later. Returns its exit status, its last words and the
+    processes that it had."""
+    at_step = reached(storage) + random.SystemRandom().randint(10, 20)
+    process = start(recipe)
+    while reached(storage) < at_step:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.02)
+    family = descendants(process.pid)
+    workers = family & set(training_processes())
+    assert workers, "it trains"
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[1]
+    assert reached(storage) < STEPS, "the fault fired in the midst of training"
+    wait_for_end(workers, timeout_s=30)
+    return process.returncode, said, family
+
+
+def test_training_interrupted_in_every_way_ends_with_the_weights_of_the_run_nobody_touched(
+    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    recipe, storage, families = tmp_path / "recipe.yaml", tmp_path / "runs", set[int]()
+    recipe.write_text(recipe_text(reviews_csv, tiny_backbone, storage, "workers: 1", EPOCHS))
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(recipe_text(reviews_csv, tiny_backbone, tmp_path / "whole", "workers: 1", EPOCHS))
+    untouched = finish(start(whole))
+    assert untouched["resumed"] == 0
+    for how, status, word in (
+        (signal.SIGKILL, -9, ""),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGINT, 130, "interrupted"),
+    ):
+        returned, said, family = interrupt(recipe, storage, how)
+        families |= family
+        assert returned == status, said
+        if word:
+            assert said.splitlines()[-1] == f"error: {word}; the same command goes on from here"
+            assert "Traceback" not in said
+    record = finish(start(recipe))
+    assert record["resumed"] == 3
+    assert sha256_file(storage / str(record["model_location"]) / "model.safetensors") == sha256_file(
+        tmp_path / "whole" / str(untouched["model_location"]) / "model.safetensors"
+    )
+    (run,) = storage.glob("train/*")
+    assert [line["step"] for line in lines_of(run, "train")] == list(range(1, STEPS + 1))
+    wait_for_end(families, timeout_s=60)  # Ray's own agents take their time after a SIGKILL
