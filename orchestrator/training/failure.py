@@ -50,6 +50,8 @@ class Remedies:
     rate_factor: float = 1.0
     """Times the learning rate."""
     rollbacks: int = 0
+    rolled_back_to: int = -1
+    """The step of the checkpoint that the last rollback went to."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Retry:
     """It counts against ``training.max_failures``."""
     disk_full: OrchestratorError | None = None
     """Only when the disk has room again; else this is the error."""
+    drop_newest: bool = False
+    """Go on from the checkpoint before the newest one."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,12 @@ class Stop:
 
 
 def decide(
-    failures: Sequence[WorkerFailure], restarts: int, remedies: Remedies, training: Training, workers: int
+    failures: Sequence[WorkerFailure], restarts: int, remedies: Remedies, training: Training, workers: int, newest: int
 ) -> Retry | Stop:
     """What went wrong first counts; that a peer's connection broke is only what follows from it.
 
-    ``restarts``: how often workers were started again before. Code that raised would only raise again: it is not tried.
+    ``restarts``: how often workers were started again before; ``newest``: the step of the newest checkpoint. Code that
+    raised would only raise again: it is not tried.
     """
     by_kind = {failure.kind: failure for failure in reversed(failures)}
     if bug := by_kind.get("raised"):
@@ -80,7 +85,7 @@ def decide(
     if failure := by_kind.get("out_of_memory"):
         return _smaller_parts(failure, remedies, training, workers)
     if failure := by_kind.get("diverged"):
-        return _slower(failure, remedies, training)
+        return _slower(failure, remedies, training, newest)
     if failure := by_kind.get("no_room"):
         return Retry(f"{failure.message}; going on when there is room", remedies, disk_full=failure.error)
     return _again(failures, restarts, remedies, training)
@@ -104,7 +109,8 @@ def _smaller_parts(failure: WorkerFailure, remedies: Remedies, training: Trainin
     )
 
 
-def _slower(failure: WorkerFailure, remedies: Remedies, training: Training) -> Retry | Stop:
+def _slower(failure: WorkerFailure, remedies: Remedies, training: Training, newest: int) -> Retry | Stop:
+    """A checkpoint from which the run diverged twice was written when its weights were on their way out already."""
     if remedies.rollbacks >= training.max_rollbacks:
         tried = f", after {remedies.rollbacks} tries with ever lower learning rates" if remedies.rollbacks else ""
         return Stop(
@@ -113,10 +119,12 @@ def _slower(failure: WorkerFailure, remedies: Remedies, training: Training) -> R
                 "lower training.learning_rate, set training.precision: fp32, or look for broken inputs",
             )
         )
-    return Retry(
-        f"{failure.message}; going back to the last checkpoint with half the learning rate",
-        replace(remedies, rate_factor=remedies.rate_factor / 2, rollbacks=remedies.rollbacks + 1),
+    again = newest <= remedies.rolled_back_to
+    slower = replace(
+        remedies, rate_factor=remedies.rate_factor / 2, rollbacks=remedies.rollbacks + 1, rolled_back_to=newest
     )
+    where_to = "the checkpoint before the last" if again else "the last checkpoint"
+    return Retry(f"{failure.message}; going back to {where_to} with half the learning rate", slower, drop_newest=again)
 
 
 def _again(failures: Sequence[WorkerFailure], restarts: int, remedies: Remedies, training: Training) -> Retry | Stop:

@@ -38,7 +38,7 @@ from orchestrator.storage import TRACEBACK, Storage, atomic_write
 from orchestrator.training.failure import Retry, WorkerFailure, decide, failure_of, first_line
 from orchestrator.training.mailbox import Mailbox
 from orchestrator.training.placement import Placement
-from orchestrator.training.state import read_remedies, write_remedies
+from orchestrator.training.state import drop_newest, latest_state, read_remedies, write_remedies
 from orchestrator.training.watch import Heart, Watch
 from orchestrator.training.worker import Place, TrainJob, train_worker
 
@@ -64,12 +64,15 @@ def fit(job: TrainJob, placement: Placement, session: Session, report: Report) -
         if not failures:
             return failed
         remedies = read_remedies(storage, job.run)
-        decision = decide(failures, restarts, remedies, training, placement.workers)
+        newest = latest_state(storage, job.run)[0].step
+        decision = decide(failures, restarts, remedies, training, placement.workers, newest)
         if not isinstance(decision, Retry):
             raise decision.error
         report(Event("train", message=decision.reason))
         if decision.remedies != remedies:
             write_remedies(storage, job.run, decision.remedies)
+        if decision.drop_newest:
+            drop_newest(storage, job.run)
         if decision.disk_full:
             _wait_for_disk(storage.path(job.run), job.state_bytes, training.disk_full_patience_s, decision.disk_full)
         failed, restarts = failed + 1, restarts + decision.is_restart

@@ -55,6 +55,12 @@ def save_state(storage: Storage, run: str, position: Position, tensors: dict[str
     _collect_models(storage, run)
 
 
+def drop_newest(storage: Storage, run: str) -> None:
+    """Have the run go on from the checkpoint before its newest one; without another, from the start."""
+    for name in storage.children(f"{run}/{CHECKPOINTS}")[-1:]:
+        storage.remove(f"{run}/{CHECKPOINTS}/{name}")
+
+
 def _collect_models(storage: Storage, run: str) -> None:
     """Drop the models that no checkpoint names any more."""
     kept = [_read_position(storage, run, name) for name in storage.children(f"{run}/{CHECKPOINTS}")]

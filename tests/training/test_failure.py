@@ -31,9 +31,9 @@ FRESH = Remedies()
 
 
 def decided(
-    *failures: WorkerFailure, restarts: int = 0, remedies: Remedies = FRESH, **training: object
+    *failures: WorkerFailure, restarts: int = 0, remedies: Remedies = FRESH, newest: int = 0, **training: object
 ) -> Retry | Stop:
-    return decide(failures, restarts, remedies, Training.model_validate(training), workers=2)
+    return decide(failures, restarts, remedies, Training.model_validate(training), workers=2, newest=newest)
 
 
 def test_a_lost_worker_is_started_again() -> None:
@@ -84,6 +84,19 @@ def test_a_diverged_run_goes_back_with_half_the_learning_rate_a_bounded_number_o
         rates.append(remedies.rate_factor)
     assert rates == [0.5, 0.25, 0.125]
     assert "the loss is nan at step 7, after 3 tries" in str(decision.error)
+
+
+def test_a_checkpoint_from_which_a_run_diverged_twice_is_dropped() -> None:
+    first = decided(NAN, newest=30)
+    assert isinstance(first, Retry) and not first.drop_newest
+    assert "to the last checkpoint" in first.reason
+    second = decided(NAN, newest=30, remedies=first.remedies)
+    assert isinstance(second, Retry) and second.drop_newest
+    assert "to the checkpoint before the last" in second.reason
+    third = decided(NAN, newest=15, remedies=second.remedies)
+    assert isinstance(third, Retry) and third.drop_newest, "the one before was no better"
+    later = decided(NAN, newest=45, remedies=first.remedies)
+    assert isinstance(later, Retry) and not later.drop_newest, "it got further"
 
 
 def test_memory_is_the_cause_when_the_others_only_miss_their_peer() -> None:

@@ -27,7 +27,6 @@ from running import (
 from orchestrator.progress import Event
 from orchestrator.session import Session
 from orchestrator.storage import Storage
-from orchestrator.training.failure import Remedies
 from orchestrator.training.state import latest_state, read_remedies
 from orchestrator.training.worker import TrainJob
 
@@ -86,19 +85,19 @@ def test_a_worker_that_stands_still_is_named_and_replaced(ray_job: TrainJob, who
     assert_no_step_is_missing_or_twice(folder_of(mine))
 
 
-def test_a_loss_that_overflows_goes_back_and_on_with_half_the_learning_rate(
+def test_a_loss_that_overflows_goes_back_and_on_with_a_lower_learning_rate(
     ray_job: TrainJob, ray_session: Session
 ) -> None:
-    """Decay times rate is above two, so each step makes the weights larger; with half the rate it is below."""
+    """Decay times rate is above two, so each step makes the weights larger; with half the rate it is below. Whether the
+    last checkpoint's weights are too large already is the processor's roundings to say."""
     recipe = with_training(ray_job.recipe, learning_rate=3.9, weight_decay=1.0, max_grad_norm=None, max_failures=0)
     mine = dataclasses.replace(ray_job, recipe=recipe, run="train/overflow")
     events: list[Event] = []
     _, failed = train(mine, ray_session, events.append)
     told = [e.message for e in events if e.message.endswith("with half the learning rate")]
-    assert failed == len(told) == 1 and re.match(
-        r"the loss is \S+ and the norm of the gradients nan at step \d+", told[0]
-    )
-    assert read_remedies(Storage(recipe.storage), mine.run) == Remedies(rate_factor=0.5, rollbacks=1)
+    assert 1 <= failed == len(told) <= 3 and re.match(r"the loss is \S+ and the norm of the gradients nan at", told[0])
+    remedies = read_remedies(Storage(recipe.storage), mine.run)
+    assert (remedies.rate_factor, remedies.rollbacks) == (0.5**failed, failed)
     assert_no_step_is_missing_or_twice(folder_of(mine))
     assert all(math.isfinite(line["loss"]) for line in lines_of(folder_of(mine), "train"))
 

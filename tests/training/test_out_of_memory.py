@@ -41,9 +41,8 @@ def test_a_run_whose_memory_runs_out_ends_with_fewer_rows_at_a_time(
     told = []
     while failure := attempt(short):
         assert failure.kind == "out_of_memory", failure
-        decision = decide(
-            [failure], 0, read_remedies(Storage(short.recipe.storage), short.run), short.recipe.training, 1
-        )
+        remedies = read_remedies(Storage(short.recipe.storage), short.run)
+        decision = decide([failure], 0, remedies, short.recipe.training, workers=1, newest=0)
         assert isinstance(decision, Retry), decision
         write_remedies(Storage(short.recipe.storage), short.run, decision.remedies)
         told.append(decision.reason)

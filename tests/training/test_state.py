@@ -14,7 +14,7 @@ import torch
 
 from orchestrator.errors import IntegrityError
 from orchestrator.storage import Storage
-from orchestrator.training.state import Position, latest_state, load_tensors, publish_model, save_state
+from orchestrator.training.state import Position, drop_newest, latest_state, load_tensors, publish_model, save_state
 
 RUN = "train/r"
 WRITES = {
@@ -117,6 +117,14 @@ def test_the_best_model_is_kept_however_old(storage: Storage) -> None:
     publish_model(storage, RUN, 3)
     publish_model(storage, RUN, 3)
     assert (storage.fetch(f"{RUN}/model") / "weights").read_bytes() == bytes([3]) * 1000
+
+
+def test_a_run_can_go_on_from_the_checkpoint_before_the_newest_and_without_one_from_the_start(storage: Storage) -> None:
+    drop_newest(storage, RUN)
+    assert whole_state(storage) == 2
+    drop_newest(storage, RUN)
+    drop_newest(storage, RUN)
+    assert latest_state(storage, RUN) == (Position(), None)
 
 
 @pytest.mark.parametrize("name", ["tensors.pt", "position.json", "manifest.json"])
