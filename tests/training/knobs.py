@@ -80,7 +80,8 @@ ENDED_EARLY = 9
 def trained_by_two(job: TrainJob, meeting: Path, stop_at: int | None = None) -> None:
     """The same with two processes that average their gradients. ``meeting``: a file that is not there yet; ``stop_at``:
     how many parts of steps each does before it ends."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # a fork of this process may share a broken lock of its threads
+    context.set_forkserver_preload(["orchestrator.training.worker"])
     workers = [context.Process(target=_work, args=(job, rank, meeting, stop_at)) for rank in range(2)]
     for worker in workers:
         worker.start()

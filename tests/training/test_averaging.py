@@ -73,7 +73,7 @@ def test_an_average_that_was_saved_goes_on_to_the_same_values(kind: str) -> None
 
 def test_all_workers_validate_with_the_first_ones_statistics(tmp_path: Path) -> None:
     """Each has seen other rows; a run that goes on has only the first one's."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # a fork may share a broken lock of its parent
     workers = [context.Process(target=_agree, args=(rank, tmp_path / "meeting")) for rank in range(2)]
     for worker in workers:
         worker.start()
