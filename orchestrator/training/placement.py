@@ -47,7 +47,7 @@ def place_workers(training: Training, resources: Resources) -> Placement:
         )
     workers = _automatic(free, device, resources.nodes, training.batch_size) if wanted == "auto" else wanted
     if isinstance(workers, Workers):
-        workers = max(workers.min, min(workers.max, free))
+        workers = max(workers.min, min(workers.max, slots))  # what is not free soon, it goes on without
     cpus = max(1.0, resources.free_cpus // workers) if resources.nodes == 1 else 1.0
     elastic = fewest if isinstance(wanted, Workers) else None
     return Placement(workers, device, min(cpus, resources.cpus_of_largest_node), elastic)
