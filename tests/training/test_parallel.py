@@ -20,7 +20,9 @@ def job(reviews_csv: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPat
     """In fp32 on any machine, and without dropout, whose masks differ between the ways to compute."""
     job = prepared_job(reviews_csv, tiny_backbone, tmp_path_factory.mktemp("runs"), "workers: 2")
     values = job.recipe.model_dump() | {"model": job.recipe.model.model_dump() | {"dropout": 0.0}}
-    return dataclasses.replace(job, recipe=with_training(Recipe.model_validate(values), epochs=2, batch_size=9, precision="fp32"))
+    return dataclasses.replace(
+        job, recipe=with_training(Recipe.model_validate(values), epochs=2, batch_size=9, precision="fp32")
+    )
 
 
 def train_on_two(job: TrainJob, run: str, strategy: str, stop_at: int | None = None) -> TrainJob:
