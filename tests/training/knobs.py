@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,12 +78,12 @@ def weights_file(job: TrainJob) -> Path:
 ENDED_EARLY = 9
 
 
-def trained_by_two(job: TrainJob, meeting: Path, stop_at: int | None = None) -> None:
+def trained_by_two(job: TrainJob, meeting: Path, stop_at: int | None = None, secret: int | None = None) -> None:
     """The same with two processes that average their gradients. ``meeting``: a file that is not there yet; ``stop_at``:
-    how many parts of steps each does before it ends."""
+    how many parts of steps each does before it ends; ``secret``: of a private run."""
     context = multiprocessing.get_context("forkserver")  # a fork of this process may share a broken lock of its threads
     context.set_forkserver_preload(["orchestrator.training.worker"])
-    workers = [context.Process(target=_work, args=(job, rank, meeting, stop_at)) for rank in range(2)]
+    workers = [context.Process(target=_work, args=(job, rank, meeting, stop_at, secret)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -90,8 +91,10 @@ def trained_by_two(job: TrainJob, meeting: Path, stop_at: int | None = None) -> 
     assert [worker.exitcode for worker in workers] == [ENDED_EARLY if stop_at else 0] * 2
 
 
-def _work(job: TrainJob, rank: int, meeting: Path, stop_at: int | None) -> None:
+def _work(job: TrainJob, rank: int, meeting: Path, stop_at: int | None, secret: int | None) -> None:
     torch.set_num_threads(1)
+    if secret is not None:
+        secrets.randbits = lambda bits: secret
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     parts = itertools.count(1)
 

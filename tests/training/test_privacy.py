@@ -178,10 +178,13 @@ def text(reviews_csv: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPa
     return text_job(reviews_csv, tiny_backbone, tmp_path_factory.mktemp("private"))
 
 
+SECRET = 42
+
+
 @pytest.fixture
 def same_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw a new one each, and could not be compared."""
-    monkeypatch.setattr(privacy.secrets, "randbits", lambda bits: 42)
+    monkeypatch.setattr(privacy.secrets, "randbits", lambda bits: SECRET)
 
 
 PRIVATE = {"privacy": {"epsilon": 5.0}, "averaging": {"decay": 0.9}}
@@ -207,7 +210,7 @@ def test_two_workers_agree_with_one(text: TrainJob, same_secret: None, tmp_path:
     without_dropout = {"dropout": 0.0}
     one, two = (changed(text, name, {"privacy": {"epsilon": 5.0}}, without_dropout) for name in ("one", "two"))
     trained(one)
-    trained_by_two(two, tmp_path / "meeting")
+    trained_by_two(two, tmp_path / "meeting", secret=SECRET)
     for name, weight in weights(one).items():
         torch.testing.assert_close(weights(two)[name], weight, rtol=2e-3, atol=2e-4)
 
