@@ -12,6 +12,7 @@
         ├── IntegrityError       (ValueError)        bytes on disk are not the bytes that were written
         ├── DiskFull             (OSError)           no room left; what was written before is intact
         ├── TrainingFailed       (RuntimeError)      the training loop raised on some worker
+        ├── TuningFailed         (RuntimeError)      no trial of a study can be the winner
         ├── ServingFailed        (RuntimeError)      the endpoint did not come up
         └── ConflictError        (RuntimeError)      somebody else changed it in the meantime
 
@@ -76,6 +77,10 @@ class DiskFull(StageError, OSError):
 
 
 class TrainingFailed(StageError, RuntimeError):
+    pass
+
+
+class TuningFailed(StageError, RuntimeError):
     pass
 
 

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import RecipeError
 from orchestrator.marked_yaml import KeyPath, read_yaml
-from orchestrator.recipe import Recipe, Section
+from orchestrator.recipe import Recipe
+from orchestrator.section import Section
 
 _MAX_RECIPE_BYTES = 1_000_000
 
@@ -83,7 +84,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if path.strip() not in set(known_paths()) and keys[:2] != ["training", "class_weights"]:
         raise RecipeError(
-            f"--set {path.strip()} is not a recipe field", _did_you_mean(path.strip(), list(known_paths()))
+            f"--set {path.strip()} is not a recipe field", did_you_mean(path.strip(), list(known_paths()))
         )
     value, _ = read_yaml(raw, f"--set {path}")
     target = values
@@ -95,12 +96,20 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError, origin: str, marks: Mapping[KeyPath, yaml.Mark]) -> str:
-    lines: dict[str, None] = {}
+    return "\n".join(f"{_where(origin, location, marks)}: {problem}" for problem, location in _problems(error).items())
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """What is wrong with a recipe's values, a sentence each."""
+    return list(_problems(error))
+
+
+def _problems(error: ValidationError) -> dict[str, KeyPath]:
+    found: dict[str, KeyPath] = {}
     for item in error.errors():
         location = tuple(part for part in item["loc"] if not _is_union_tag(part))
-        dotted = ".".join(map(str, location)) or "recipe"
-        lines[f"{_where(origin, location, marks)}: {_one_problem(item, dotted)}"] = None
-    return "\n".join(lines)
+        found.setdefault(_one_problem(item, ".".join(map(str, location)) or "recipe"), location)
+    return found
 
 
 def _is_union_tag(part: str | int) -> bool:
@@ -117,7 +126,7 @@ def _where(origin: str, location: KeyPath, marks: Mapping[KeyPath, yaml.Mark]) -
 
 def _one_problem(item: Any, dotted: str) -> str:
     if item["type"] == "extra_forbidden":
-        hint = _did_you_mean(dotted, list(known_paths()))
+        hint = did_you_mean(dotted, list(known_paths()))
         return f"{dotted} is not a recipe field: {hint}"
     if item["type"] == "missing":
         return f"{dotted} is required: add it"
@@ -132,7 +141,8 @@ def _one_problem(item: Any, dotted: str) -> str:
     return f"{dotted}: {message[0].lower()}{message[1:]}, but got {item['input']!r}"
 
 
-def _did_you_mean(dotted: str, candidates: Sequence[str]) -> str:
+def did_you_mean(dotted: str, candidates: Sequence[str]) -> str:
+    """A hint for a path that is none of the candidates."""
     parent, _, leaf = dotted.rpartition(".")
     siblings = [c for c in candidates if c.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(leaf, [s.rpartition(".")[2] for s in siblings], n=1, cutoff=0.6)

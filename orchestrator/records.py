@@ -1,6 +1,6 @@
 """The records that walk the path: each stage reads some and writes one. Frozen, JSON, and without behaviour.
 
-    prepare -> DatasetRecord    train -> ModelRecord    evaluate -> EvaluationRecord
+    prepare -> DatasetRecord    tune -> StudyRecord     train -> ModelRecord    evaluate -> EvaluationRecord
     promote -> VersionRecord | Hold                     serve -> EndpointRecord
 
 ``location`` is always relative to the storage root, so a storage folder can be moved or mounted elsewhere.
@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -162,6 +162,65 @@ class ModelRecord(Record):
     folds: CrossValidation | None = None
     ensemble: Ensemble | None = None
     """If there is one: steps, seconds and parameters are sums over the members; epochs are those of the first."""
+
+
+class TrialRecord(Record):
+    """One trial of a study, as its database has it."""
+
+    number: int
+    state: Literal["complete", "pruned", "failed", "running"]
+    """``pruned``: stopped early; its values are those it had then."""
+    parameters: dict[str, Any]
+    """Value by recipe path, of the fields that counted."""
+    metrics: dict[str, float] = {}
+    history: tuple[tuple[int, float], ...] = ()
+    """(Epochs done, objective) after each epoch; empty with several objectives."""
+    violations: tuple[float, ...] = ()
+    """Per bound of the constraints how far the trial is outside of it, as a share of the bound; at most 0 is inside."""
+    epochs: int = 0
+    seconds: float = 0.0
+    started: float = 0.0
+    """Seconds since 1970."""
+    location: str = ""
+    """The run's folder."""
+    error: str = ""
+    is_default: bool = False
+    """It has the recipe's own values."""
+
+
+class StudyRecord(Record):
+    stage: Literal["tune"] = "tune"
+    name: str
+    key: str
+    location: str
+    study: str
+    """Its name in the database."""
+    objectives: tuple[str, ...]
+    maximized: tuple[bool, ...]
+    trials: int
+    complete: int
+    pruned: int
+    failed: int
+    winner: TrialRecord
+    default: TrialRecord | None = None
+    """The trial with the recipe's own values, if one was run."""
+    pareto: tuple[int, ...]
+    """Numbers of the trials that no other beats in every objective."""
+    noise: float | None = None
+    """Half the width of the 95% interval of the winner's objective on the validation rows, or over the folds."""
+    within_noise: int = 1
+    """Trials whose objective is no further than that from the winner's, itself included."""
+    optimism: float = 0.0
+    """By how much the best of so many scores, each as noisy, is expected to flatter."""
+    importances: dict[str, float] = {}
+    """Share of the difference between trials that comes from a field (PED-ANOVA); sums to 1."""
+    epochs: int
+    """Trained in all trials together."""
+    seconds: float
+    """Of all trials together."""
+    report: str
+    model: ModelRecord
+    """The winner's model, loaded afresh and scored again."""
 
 
 class EvaluationRecord(Record):

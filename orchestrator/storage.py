@@ -43,6 +43,7 @@ REPORT = "report.html"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
 REGISTRY_DATABASE = "registry/registry.db"
+STUDIES_DATABASE = "tune/studies.db"
 _CHUNK_BYTES = 1 << 20
 _FLUSH_BYTES = 16 << 20
 _FORGOTTEN_S = 86_400.0

@@ -21,9 +21,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from orchestrator.errors import ConflictError, IntegrityError, ModelNotFound, UserError
-from orchestrator.recipe import NAME_PATTERN
 from orchestrator.records import VersionRecord
 from orchestrator.registry import schema
+from orchestrator.section import NAME_PATTERN
 from orchestrator.storage import MANIFEST, Storage, sha256_file, sha256_json, version_location
 
 CHAMPION, CHALLENGER = "champion", "challenger"

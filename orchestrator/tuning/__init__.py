@@ -1,0 +1,1 @@
+"""Searching for better values of recipe fields. Knows neither training nor compression: a trial is a function handed in."""

@@ -1,0 +1,214 @@
+"""The study: trials in the project's database, each written at the moment it is acknowledged.
+
+In: a database and a name. Out: ``Study``: asks for the next trial, takes what was measured, knows what was left undone. An
+Optuna study, so that its dashboard and its visualisations read it. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.trial import FrozenTrial, TrialState
+
+from orchestrator.errors import ModelNotFound, UserError
+from orchestrator.recipe_tuning import MAXIMIZED, Tuning
+from orchestrator.storage import STUDIES_DATABASE, Storage
+from orchestrator.tuning.measured import Measured
+from orchestrator.tuning.samplers import CONSTRAINTS, make_sampler
+from orchestrator.tuning.space import Point, Space
+
+_BUSY_TIMEOUT_S = 60.0
+_OBJECTIVES = "objectives"
+POINT, METRICS, LOCATION, ERROR, STARTED, SECONDS, DEFAULT, EPOCHS = (
+    "point", "metrics", "location", "error", "started", "seconds", "default", "epochs",
+)  # fmt: skip
+"""User attributes of a trial."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial to run: a new one, or one that was under way when an earlier run of the study was ended."""
+
+    number: int
+    point: Point
+
+
+class Study:
+    """Raises UserError from its constructor when the database cannot be opened."""
+
+    def __init__(
+        self, database: str, name: str, tuning: Tuning, space: Space, objectives: Sequence[str], seed: int
+    ) -> None:
+        self.tuning, self.space, self.objectives, self.seed = tuning, space, tuple(objectives), seed
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        maximize, minimize = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
+        directions = [maximize if o in MAXIMIZED else minimize for o in objectives]
+        self.storage = open_database(database)
+        self.inner = optuna.create_study(
+            storage=self.storage, study_name=name, directions=directions, load_if_exists=True
+        )
+        if self.inner.user_attrs.get(_OBJECTIVES) is None:
+            self.inner.set_user_attr(_OBJECTIVES, list(objectives))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self.inner.set_metric_names(list(objectives))
+
+    @property
+    def name(self) -> str:
+        return self.inner.study_name
+
+    @property
+    def is_single(self) -> bool:
+        return len(self.objectives) == 1
+
+    def trials(self) -> list[FrozenTrial]:
+        return self.inner.get_trials(deepcopy=False)
+
+    def counted(self) -> int:
+        """Trials that were begun, those of earlier studies not among them."""
+        return sum(POINT in trial.user_attrs for trial in self.trials())
+
+    def unfinished(self) -> list[Asked]:
+        """Trials that an earlier run of the study began and did not end, in order. A trial that was asked for and never got
+        its values is given up: nobody saw it."""
+        left: list[Asked] = []
+        for trial in self.trials():
+            if trial.state is not TrialState.RUNNING:
+                continue
+            if POINT in trial.user_attrs:
+                left.append(Asked(trial.number, trial.user_attrs[POINT]))
+            else:
+                self.inner.tell(trial.number, state=TrialState.FAIL)
+        return left
+
+    def enqueue(self, points: Sequence[Point]) -> None:
+        """Points to try before the sampler chooses; those that the study has already are left out."""
+        for point in points:
+            self.inner.enqueue_trial(self.space.encode(point), skip_if_exists=True)
+
+    def waiting(self) -> int:
+        """Points that were enqueued and not begun."""
+        return sum(trial.state is TrialState.WAITING for trial in self.trials())
+
+    def ask(self) -> Asked:
+        """A new trial, its values chosen and written down."""
+        self.inner.sampler = make_sampler(self.tuning, self.space, self.seed, len(self.trials()))
+        trial = self.inner.ask()
+        point = self.space.draw(trial)
+        trial.set_user_attr(STARTED, time.time())
+        trial.set_user_attr(POINT, point)
+        return Asked(trial.number, point)
+
+    def report(self, number: int, epoch: int, value: float) -> None:
+        """An epoch's objective (0-based epoch). Written once: what a resumed trial says again is known."""
+        trial = optuna.Trial(self.inner, self._id(number))
+        if epoch not in self.storage.get_trial(trial._trial_id).intermediate_values:
+            trial.report(value, epoch)
+
+    def note(self, number: int, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            self.storage.set_trial_user_attr(self._id(number), name, value)
+
+    def tell(self, number: int, measured: Measured) -> None:
+        """What came out, as one acknowledgement: the trial is not run again. Does nothing for a trial that has ended."""
+        if self.storage.get_trial(self._id(number)).state.is_finished():
+            return
+        self.note(number, **{
+            METRICS: measured.metrics, LOCATION: measured.location, SECONDS: measured.seconds, EPOCHS: measured.epochs,
+            **({ERROR: measured.error} if measured.error else {}), CONSTRAINTS: self._violations(measured),
+        })  # fmt: skip
+        # What the sampler keeps of a trial is written by the one that chose it.
+        self.inner.sampler = make_sampler(self.tuning, self.space, self.seed, number)
+        if measured.state == "failed":
+            self.inner.tell(number, state=TrialState.FAIL)
+        elif measured.state == "pruned" and self.is_single:
+            self.inner.tell(number, state=TrialState.PRUNED)
+        else:
+            self.inner.tell(number, [measured.metrics[name] for name in self.objectives])
+
+    def _violations(self, measured: Measured) -> list[float]:
+        """Per bound, by how much of it the trial is outside; a trial without the measurement is not known to be."""
+        found = []
+        for metric, bound in self.tuning.constraints.items():
+            value = measured.metrics.get(metric)
+            for limit, sign in ((bound.at_most, 1.0), (bound.at_least, -1.0)):
+                if limit is not None:
+                    found.append(0.0 if value is None else sign * (value - limit) / (abs(limit) or 1.0))
+        return found
+
+    def learn_from(self, names: Sequence[str]) -> int:
+        """Copy the finished trials of earlier studies with the same objectives that lie in this space; once.
+
+        Raises:
+            ModelNotFound: there is no such study.
+        """
+        known = set(self.inner.user_attrs.get("warm_start", ()))
+        copied = 0
+        for name in (n for n in names if n not in known):
+            copied += self._copy(name)
+            self.inner.set_user_attr("warm_start", sorted({*self.inner.user_attrs.get("warm_start", ()), name}))
+        return copied
+
+    def _copy(self, name: str) -> int:
+        try:
+            other = optuna.load_study(study_name=name, storage=self.storage)
+        except KeyError:
+            there = [n for n in optuna.get_all_study_names(self.storage) if n != self.name]
+            raise ModelNotFound(f"there is no study {name!r} to learn from",
+                                f"there are: {', '.join(there) or 'none'}") from None  # fmt: skip
+        if other.user_attrs.get(_OBJECTIVES) != list(self.objectives):
+            raise UserError(f"the study {name} has other objectives ({', '.join(other.user_attrs.get(_OBJECTIVES, []))})",
+                            "learn from one with the same, or leave tuning.warm_start out")  # fmt: skip
+        copied = 0
+        for trial in other.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if POINT not in trial.user_attrs or not self.space.contains(trial.user_attrs[POINT]):
+                continue
+            self.inner.add_trial(optuna.create_trial(
+                params=self.space.encode(trial.user_attrs[POINT]), values=trial.values,
+                distributions=self.space.distributions(trial.user_attrs[POINT]),
+                user_attrs={"from": f"{name} {trial.number}", CONSTRAINTS: trial.user_attrs.get(CONSTRAINTS, [])},
+            ))  # fmt: skip
+            copied += 1
+        return copied
+
+    def _id(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self.inner._study_id, number)
+
+
+def database_url(storage: Storage, tuning: Tuning, registry_url: str | None) -> str:
+    """Where the trials are kept.
+
+    Raises:
+        UserError: the storage is remote and no database was named.
+    """
+    if url := tuning.database or registry_url:
+        return url
+    if not storage.is_local:
+        raise UserError(
+            f"the storage {storage.url} is remote, and a database file cannot lie there",
+            "name a database all nodes reach: tuning.database: postgresql+psycopg://user@host/name",
+        )
+    path = storage.path(STUDIES_DATABASE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{path}"
+
+
+def open_database(url: str) -> optuna.storages.RDBStorage:
+    """Survives a power cut, and waits for other writers."""
+    is_sqlite = url.startswith("sqlite")
+    options = {"connect_args": {"timeout": _BUSY_TIMEOUT_S}} if is_sqlite else {"pool_pre_ping": True}
+    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
+    except (sa.exc.SQLAlchemyError, ImportError, RuntimeError) as error:
+        raise UserError(f"the studies' database cannot be opened ({str(error).splitlines()[0]})",
+                        "check tuning.database and that its driver is installed") from None  # fmt: skip
+    if is_sqlite:
+        with storage.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+    return storage
