@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from knobs import Stopped, stop_at
 from safetensors.torch import load_file, save_file
 
 from orchestrator.data.dataset import Split
@@ -14,7 +15,6 @@ from orchestrator.data.prepare import content_key, prepare
 from orchestrator.data.sources import open_source
 from orchestrator.errors import DiskFull, IntegrityError, TrainingFailed
 from orchestrator.models.backbones import TransformersNetwork
-from orchestrator.progress import Event
 from orchestrator.recipe import Recipe
 from orchestrator.recipe_file import parse_recipe
 from orchestrator.storage import METRICS, MODEL, Storage, sha256_file
@@ -43,20 +43,6 @@ def prepared(recipe: Recipe) -> TrainJob:
     encoder = task.encoder(recipe.model, ())
     dataset = prepare(recipe, encoder, source, storage, content_key(recipe, encoder, source, storage))
     return TrainJob(recipe, "train/r", dataset.location, dataset.labels)
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at(step: int):
-    """Raises where a stop would hit: between two steps."""
-
-    def emit(event: Event) -> None:
-        if event.done >= step:
-            raise Stopped
-
-    return emit
 
 
 def test_it_learns_what_the_words_say(job: TrainJob) -> None:
