@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import psutil
 import torch
 
 from orchestrator.data.dataset import Split
+from orchestrator.data.encoder import Encoder
 from orchestrator.data.torchvision_ops import ensure_torchvision
 
 BATCH, SEED, SKIPPED_STEPS = 32, 17, 2
@@ -149,15 +150,19 @@ def outcome(job: Job, run: Path, workers: int) -> Result:
     folder = Path(job.dataset)
     train, encoder = Split(folder, "train"), load_encoder(folder / "encoder")
     plan = plan_epoch(train.lengths(encoder), train.labels, batch_size=BATCH, seed=SEED, epoch=0)
-    masks = [encoder.collate(train.inputs(share(batch, rank, workers)))["attention_mask"]
-             for batch in plan for rank in range(workers) if len(share(batch, rank, workers))]  # fmt: skip
+    shares = [share(batch, rank, workers) for batch in plan for rank in range(workers)]
     model, test = load_model(run / MODEL, device=job.device), Split(folder, "test")
     probabilities = [model.probabilities(test.inputs(rows)) for rows in np.array_split(np.arange(len(test)), 16)]
     return {
         "times": [line["time"] for line in read_metrics(run / METRICS) if line["kind"] == "train"],
-        "padding": 1.0 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
+        "padding": 0.0 if encoder.kind == "image" else _padding(encoder, train, [rows for rows in shares if len(rows)]),
         "probabilities": np.concatenate(probabilities),
     }
+
+
+def _padding(encoder: Encoder, rows: Split, batches: Sequence[np.ndarray]) -> float:
+    masks = [encoder.collate(rows.inputs(batch))["attention_mask"] for batch in batches]
+    return 1.0 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALU
 StorageRoot = Annotated[str | None, typer.Option("--storage", metavar="URL", help="Where results live.")]
 Address = Annotated[str | None, typer.Option("--address", metavar="HOST:PORT", help="A running Ray cluster.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON on the last line.")]
-VERBS = ("prepare", "train", "evaluate", "promote", "serve", "run")
+VERBS = ("prepare", "tune", "train", "evaluate", "promote", "serve", "run")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,6 +114,13 @@ def train(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = Non
           json_: AsJson = False) -> None:  # fmt: skip
     """Fine-tune the backbone on all workers; goes on from the last checkpoint after a stop."""
     run_verb("train", recipe, set_, storage, address, json_)
+
+
+@app.command()
+def tune(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
+         json_: AsJson = False) -> None:  # fmt: skip
+    """Search for better values of recipe fields; goes on with the study after a stop, and the winner is the model."""
+    run_verb("tune", recipe, set_, storage, address, json_)
 
 
 @app.command()

@@ -26,6 +26,8 @@ class OrchestratorError(Exception):
     """``message`` states the rule and the offending value; ``next_step`` says what to do about it."""
 
     exit_status = 1
+    kind = ""
+    """Of a run that was given up: what ``training/failure.py`` found, such as ``out_of_memory``."""
 
     def __init__(self, message: str, next_step: str = "") -> None:
         super().__init__(message, next_step)

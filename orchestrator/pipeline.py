@@ -27,7 +27,7 @@ from orchestrator.data.prepare import content_key
 from orchestrator.data.prepare import prepare as prepare_dataset
 from orchestrator.data.schema import infer_schema
 from orchestrator.data.sources import Source, open_source
-from orchestrator.errors import ModelNotFound, ServingFailed
+from orchestrator.errors import ModelNotFound, RecipeError, ServingFailed
 from orchestrator.evaluation.predictions import picture_of, read_predictions, write_predictions
 from orchestrator.evaluation.scores import evaluate_predictions, slice_scores
 from orchestrator.progress import Event, Report, format_seconds, ignore
@@ -40,6 +40,7 @@ from orchestrator.records import (
     Hold,
     ModelRecord,
     Record,
+    StudyRecord,
     VersionRecord,
 )
 from orchestrator.registry.promotion import Answers, Promote, decide
@@ -64,9 +65,6 @@ if TYPE_CHECKING:
     from orchestrator.training.placement import Placement
 
 _SAMPLE_IMAGES = 64
-_WITHOUT_EFFECT = {"max_failures", "max_rollbacks", "hang_timeout_s", "disk_full_patience_s",
-                   "checkpoint_every_steps", "checkpoint_every_s"}  # fmt: skip
-"""Fields of ``training`` that do not change the weights it ends with."""
 R = TypeVar("R", bound=Record)
 
 
@@ -119,7 +117,15 @@ class Pipeline:
         dataset = records["prepare"] = self.prepare()
         if verb == "prepare":
             return dataset
-        model = records["train"] = self.train(dataset)
+        if self.recipe.tuning:
+            study = records["tune"] = self.tune(dataset)
+            if verb == "tune":
+                return study
+            dataset, model = self.dataset_of(study, dataset), study.model
+        elif verb == "tune":
+            raise RecipeError("the recipe has no tuning section", "add one: tuning: {trials: 24}")
+        else:
+            model = records["train"] = self.train(dataset)
         if verb == "train":
             return model
         evaluation = records["evaluate"] = self.evaluate(model, dataset)
@@ -158,15 +164,41 @@ class Pipeline:
 
     def train(self, dataset: DatasetRecord) -> ModelRecord:
         """Fine-tune on Ray Train, going on from the last checkpoint if an earlier run was cut short."""
-        settings = self.recipe.training.model_dump(exclude=_WITHOUT_EFFECT, mode="json")
-        key = sha256_json([dataset.key, self.recipe.model.model_dump(mode="json"), settings, self.recipe.seed])
+        from orchestrator.training.stage import train_key
+
+        key = train_key(self.recipe, dataset)
         return self._once("train", key, ModelRecord, lambda: self._train(dataset, key))
 
     def _train(self, dataset: DatasetRecord, key: str) -> ModelRecord:
+        from orchestrator.training.on_ray import OnRay
         from orchestrator.training.stage import TrainStage
 
+        engine = OnRay(lambda: self.session, self.report)
         predict = partial(self._predict, dataset=dataset, split="validation", stage="train")
-        return TrainStage(self.recipe, self.storage, lambda: self.session, self.report, predict).train(dataset, key)
+        return TrainStage(self.recipe, self.storage, engine, self.report, predict).train(dataset, key)
+
+    # ---------------------------------------------------------------------------------------------------------- tune
+
+    def tune(self, dataset: DatasetRecord) -> StudyRecord:
+        """Search for better values of recipe fields, going on with the study if an earlier run was cut short."""
+        from orchestrator.tune import TuneStage
+
+        stage = TuneStage(self.recipe, self.storage, lambda: self.session, self.report, self.prepare, self._validated)
+        return self._once("tune", stage.key(dataset), StudyRecord, lambda: stage.tune(dataset), stage.location(dataset))
+
+    def dataset_of(self, study: StudyRecord, dataset: DatasetRecord) -> DatasetRecord:
+        """As the winner reads it: for another backbone it is encoded anew."""
+        from orchestrator.tuning.space import recipe_with
+
+        model = recipe_with(self.recipe, study.winner.parameters).model
+        return dataset if model == self.recipe.model else self.prepare(model)
+
+    def _validated(self, model: ModelRecord, dataset: DatasetRecord) -> np.ndarray:
+        from orchestrator.evaluation.on_ray import predict_split
+
+        job, placement = self._predict_job(model.model_location, dataset, "validation")
+        job = replace(job, bf16=model.precision == "bf16")
+        return predict_split(job, dataset.splits["validation"].rows, 1, placement.cpus_per_worker, self.report)
 
     # ------------------------------------------------------------------------------------------------------ evaluate
 
@@ -371,16 +403,16 @@ class Pipeline:
 
     # --------------------------------------------------------------------------------------------------------- again
 
-    def _once(self, stage: str, key: str, kind: type[R], make: Callable[[], R]) -> R:
-        """The stage's record if it is there under its key, else made now."""
-        location = f"{stage_location(stage, self.recipe.name, key)}/{RECORD}"
+    def _once(self, stage: str, key: str, kind: type[R], make: Callable[[], R], folder: str | None = None) -> R:
+        """The stage's record if it is there under its key, else made now. ``folder``: where it lies, if not by its key."""
+        location = f"{folder or stage_location(stage, self.recipe.name, key)}/{RECORD}"
         values = self.storage.read_json(location)
-        if values is not None:
+        if values is not None and values["key"] == key:
             self.report(Event(stage, message="unchanged, taken from before"))
             return kind.model_validate(values)
         started = time.monotonic()
         record = make()
-        if not self.storage.exists(location):
+        if folder or not self.storage.exists(location):
             self.storage.write_json(location, record.model_dump(mode="json"))
         self.report(Event(stage, message=f"done in {format_seconds(time.monotonic() - started)}"))
         return record

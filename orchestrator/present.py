@@ -58,6 +58,33 @@ def _train(v: Values) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+def _tune(v: Values) -> list[tuple[str, str]]:
+    winner, default, first = v["winner"], v["default"], v["objectives"][0]
+    ended = ", ".join(f"{v[state]} {word}" for state, word in _ENDS.items() if v[state])
+    return [
+        ("study", f"{v['study']}: {v['trials']} trials ({ended}), {v['epochs']} epochs"),
+        ("winner", f"trial {winner['number']}: " + ", ".join(f"{o} {winner['metrics'][o]:.4f}" for o in v["objectives"])
+                   + (f" +- {v['noise']:.4f}" if v["noise"] is not None else "") + " on validation"),
+        *([("default", f"{first} {default['metrics'][first]:.4f} with the recipe's own values")]
+          if default and first in default["metrics"] else []),
+        ("values", _some([f"{path} {_value(value)}" for path, value in winner["parameters"].items()])),
+        *([("noise", f"{v['within_noise']} trials are within it of the best; the best of so many equal ones would look "
+                     f"{v['optimism']:.4f} better by chance")] if v["noise"] is not None else []),
+        *([("front", f"{len(v['pareto'])} trials that no other beats in all objectives: "
+                     f"{_some([str(number) for number in v['pareto']])}")] if len(v["objectives"]) > 1 else []),
+        *([("matters", _some([f"{path} {share:.0%}" for path, share in v["importances"].items()], 4))]
+          if v["importances"] else []),
+        ("report", v["report"]),
+    ]  # fmt: skip
+
+
+_ENDS = {"complete": "complete", "pruned": "stopped early", "failed": "failed"}
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _privacy(spent: Values) -> str:
     return f"epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g}, noise {spent['noise_multiplier']:.2f}"
 
@@ -121,7 +148,8 @@ def _check(v: Values) -> list[tuple[str, str]]:
 
 
 _STAGES: dict[str, Callable[[Values], list[tuple[str, str]]]] = {
-    "prepare": _prepare, "train": _train, "evaluate": _evaluate, "promote": _promote, "serve": _serve, "check": _check,
+    "prepare": _prepare, "tune": _tune, "train": _train, "evaluate": _evaluate, "promote": _promote, "serve": _serve,
+    "check": _check,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from orchestrator.recipe_tuning import Tuning
 from orchestrator.section import Fraction, Name, Section
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -369,6 +370,8 @@ class Recipe(Section):
     data: Data
     model: Model = Model()
     training: Training = Training()
+    tuning: Tuning | None = None
+    """Search for better values of recipe fields; the winner is the model. None: train with the recipe's own values."""
     evaluation: Evaluation = Evaluation()
     promotion: Promotion = Promotion()
     serving: Serving = Serving()

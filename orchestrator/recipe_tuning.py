@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from orchestrator.section import Section
 
@@ -114,7 +114,8 @@ class Tuning(Section):
     space: dict[str, Dimension] | None = None
     """Dotted paths of recipe fields and what to try for them. None: what is usual for the task."""
     objectives: tuple[Metric, ...] = ()
-    """What to optimise on the validation rows; several give a Pareto front. None given: ``training.best_metric``."""
+    """What to optimise on the validation rows; several give a Pareto front. ``{maximize: macro_f1, minimize: latency_ms}``
+    says the same. None given: ``training.best_metric``."""
     constraints: dict[Metric, Bound] = {}
     """The winner keeps within these."""
     sampler: Literal["tpe", "gp", "cmaes", "nsga2", "random", "qmc", "grid"] = "tpe"
@@ -139,6 +140,23 @@ class Tuning(Section):
     """Trials at a time. ``auto``: as many as there is room for."""
     database: str | None = None
     """An SQLAlchemy URL for the trials. None: ``registry.url``, or SQLite in the storage folder."""
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _from_directions(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return (given,)
+        if not isinstance(given, Mapping):
+            return given
+        names: list[str] = []
+        for direction, metrics in given.items():
+            if direction not in ("maximize", "minimize"):
+                raise ValueError(f"objectives knows maximize and minimize, but got {direction!r}")
+            for metric in [metrics] if isinstance(metrics, str) else metrics:
+                if (metric in MAXIMIZED) != (direction == "maximize"):
+                    raise ValueError(f"{metric} cannot be {direction}d: the other direction is better")
+                names.append(metric)
+        return tuple(names)
 
     @model_validator(mode="after")
     def _consistent(self) -> Tuning:

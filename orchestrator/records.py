@@ -184,6 +184,9 @@ class TrialRecord(Record):
     location: str = ""
     """The run's folder."""
     error: str = ""
+    kind: str = ""
+    """Of a failure: ``out_of_memory`` and ``diverged`` say that the values are bad, ``lost`` that the process died, ``raised``
+    that the code did."""
     is_default: bool = False
     """It has the recipe's own values."""
 

@@ -53,3 +53,8 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int = 0, worl
     """One worker's batches of all rows, longest first; over all workers each row exactly once."""
     order = np.argsort(-lengths, kind="stable")[rank::world]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed from several numbers, well spread: the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -44,6 +44,8 @@ class PredictJob:
     split: str
     batch_size: int
     device: str
+    bf16: bool = False
+    """Compute as a bf16 training run validates, instead of in fp32 as an endpoint does."""
 
 
 def predict_split(job: PredictJob, rows: int, workers: int, cpus_per_worker: float, report: Report) -> np.ndarray:
@@ -57,16 +59,26 @@ def predict_split(job: PredictJob, rows: int, workers: int, cpus_per_worker: flo
         parts += [part for reference in ready for part in ray.get(reference)]
         done = sum(len(indices) for indices, _ in parts)
         report(Event("evaluate", done=done, total=rows, figures={"split": job.split}))
+    return _joined(parts, rows)
+
+
+def _joined(parts: Sequence[tuple[np.ndarray, np.ndarray]], rows: int) -> np.ndarray:
     result = np.zeros((rows, parts[0][1].shape[1]), dtype=np.float32)
     for indices, probabilities in parts:
         result[indices] = probabilities
     return result
 
 
+def predict_here(job: PredictJob, threads: int) -> np.ndarray:
+    """As ``predict_split``, in this process."""
+    parts = _predict_share(job, 0, 1, threads)
+    return _joined(parts, sum(len(rows) for rows, _ in parts))
+
+
 def measure_cost(job: PredictJob, cpus_per_worker: float) -> Cost:
     """Latency of single inputs and throughput in batches, on an otherwise idle worker."""
     options = {"num_cpus": cpus_per_worker, "num_gpus": 1 if job.device == "cuda" else 0}
-    cost: Cost = ray.get(ray.remote(**options)(_measure).remote(job, int(cpus_per_worker)))
+    cost: Cost = ray.get(ray.remote(**options)(measure_here).remote(job, int(cpus_per_worker)))
     return cost
 
 
@@ -78,10 +90,12 @@ def _predict_share(job: PredictJob, rank: int, world: int, threads: int) -> list
     model = load_model(storage.fetch(job.model), device=job.device)
     split = Split(storage.fetch(job.dataset, verify=False), job.split)
     shares = evaluation_batches(split.lengths(model.encoder), job.batch_size, rank, world)
-    return [(rows, model.probabilities(split.inputs(rows))) for rows in shares]
+    with torch.autocast(job.device, dtype=torch.bfloat16, enabled=job.bf16):
+        return [(rows, model.probabilities(split.inputs(rows))) for rows in shares]
 
 
-def _measure(job: PredictJob, threads: int) -> Cost:
+def measure_here(job: PredictJob, threads: int) -> Cost:
+    """As ``measure_cost``, in this process."""
     import torch
 
     torch.set_num_threads(max(1, threads))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.images import ImageEncoder, median_short_side
@@ -18,6 +19,11 @@ class ImageClassification(Task):
     input_kind = "image"
     default_backbone = "resnet50"
     library = "torchvision"
+    search_space: ClassVar = {
+        "training.learning_rate": {"log_uniform": (1e-4, 3e-3)}, "training.batch_size": {"choice": (16, 32, 64)},
+        "training.weight_decay": {"uniform": (0.0, 0.1)}, "training.label_smoothing": {"uniform": (0.0, 0.2)},
+        "training.augmentation.crop_scale": {"uniform": (0.6, 1.0)},
+    }  # fmt: skip
 
     def encoder(self, settings: Model, images: Iterable[bytes]) -> Encoder:
         size = settings.image_size or automatic_size(median_short_side(images))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,6 +24,8 @@ class Task:
     default_backbone: ClassVar[str]
     library: ClassVar[str]
     """Key of ``models.backbones.NETWORKS``."""
+    search_space: ClassVar[Mapping[str, Mapping[str, Sequence[float]]]]
+    """What is usual to search, as a recipe's ``tuning.space`` has it."""
 
     def backbone(self, settings: Model) -> str:
         return settings.backbone or self.default_backbone

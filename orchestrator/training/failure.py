@@ -69,6 +69,7 @@ class Retry:
 @dataclass(frozen=True)
 class Stop:
     error: OrchestratorError
+    kind: Kind
 
 
 def decide(
@@ -81,7 +82,7 @@ def decide(
     """
     by_kind = {failure.kind: failure for failure in reversed(failures)}
     if bug := by_kind.get("raised"):
-        return Stop(bug.error or TrainingFailed(f"training raised on worker {bug.rank}: {bug.message}"))
+        return Stop(bug.error or TrainingFailed(f"training raised on worker {bug.rank}: {bug.message}"), "raised")
     if failure := by_kind.get("out_of_memory"):
         return _smaller_parts(failure, remedies, training, workers)
     if failure := by_kind.get("diverged"):
@@ -99,7 +100,8 @@ def _smaller_parts(failure: WorkerFailure, remedies: Remedies, training: Trainin
             TrainingFailed(
                 f"worker {failure.rank} ran out of memory with a single row at a time ({failure.message})",
                 "choose a smaller model.backbone or model.max_tokens (model.image_size), or a machine with more memory",
-            )
+            ),
+            "out_of_memory",
         )
     doubled = replace(remedies, accumulate_factor=2 * remedies.accumulate_factor)
     return Retry(
@@ -117,7 +119,8 @@ def _slower(failure: WorkerFailure, remedies: Remedies, training: Training, newe
             TrainingFailed(
                 f"{failure.message}{tried} (training.max_rollbacks)",
                 "lower training.learning_rate, set training.precision: fp32, or look for broken inputs",
-            )
+            ),
+            "diverged",
         )
     again = newest <= remedies.rolled_back_to
     slower = replace(
@@ -137,7 +140,8 @@ def _again(failures: Sequence[WorkerFailure], restarts: int, remedies: Remedies,
             TrainingFailed(
                 f"{what}, and {restarts} restarts (training.max_failures) are used up",
                 "check the machine and its memory, then run the same command again: it goes on from the last checkpoint",
-            )
+            ),
+            "lost",
         )
     return Retry(f"{what}; going on from the last checkpoint", remedies, is_restart=True)
 

@@ -87,6 +87,16 @@ def train_step(
     return loss_sum, norm
 
 
+def class_weights(setting: str | dict[str, float], labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+    """Weight of each class in the loss: float32 [classes]. ``balanced`` is n / (classes * n_class)."""
+    if setting == "none":
+        return np.ones(len(names), np.float32)
+    if isinstance(setting, dict):
+        return np.array([setting.get(name, 1.0) for name in names], np.float32)
+    counts = np.bincount(labels, minlength=len(names))
+    return (len(labels) / (len(names) * np.maximum(counts, 1))).astype(np.float32)
+
+
 def _weighted_loss(network: nn.Module, batch: MicroBatch, row_losses: RowLosses) -> torch.Tensor:
     logits = network(**batch.inputs).float()
     loss = (row_losses(logits, batch.labels) * batch.weights).sum()

@@ -1,8 +1,10 @@
-"""What the workers tell the driver: events to show and signs of life. An actor in a process of its own, so it is quick to
-import: neither torch nor Ray.
+"""What the workers tell the driver: events to show, signs of life, and a question that waits for its answer. An actor in a
+process of its own, so it is quick to import: neither torch nor Ray.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from orchestrator.progress import Event
 from orchestrator.training.watch import Beat
@@ -14,6 +16,8 @@ class Mailbox:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.beats: dict[int, Beat] = {}
+        self.question: Any = None
+        self.verdict: bool | None = None
 
     def put(self, event: Event) -> None:
         self.events.append(event)
@@ -21,10 +25,21 @@ class Mailbox:
     def beat(self, beat: Beat) -> None:
         self.beats[beat.rank] = beat
 
-    def drain(self) -> tuple[list[Event], list[Beat]]:
-        """Everything since the last time."""
-        events, beats, self.events, self.beats = self.events, list(self.beats.values()), [], {}
-        return events, beats
+    def drain(self) -> tuple[list[Event], list[Beat], Any]:
+        """Everything since the last time, and the question, if one is open."""
+        events, beats, question = self.events, list(self.beats.values()), self.question
+        self.events, self.beats, self.question = [], {}, None
+        return events, beats, question
+
+    def ask(self, question: Any) -> None:
+        self.question, self.verdict = question, None
+
+    def answer(self, verdict: bool) -> None:
+        self.verdict = verdict
+
+    def answered(self) -> bool | None:
+        """None: not yet."""
+        return self.verdict
 
     def flush(self) -> None:
         """Returns after every ``put`` that was sent before it."""

@@ -34,6 +34,11 @@ class MetricsLog:
             self.handle.flush()
             self.board.write(step, {f"{kind}/{n}": float(v) for n, v in values.items() if isinstance(v, int | float)})
 
+    def scores(self, epoch: int) -> dict[str, float]:
+        """What was written of an epoch's validation."""
+        lines = read_metrics(self.file)
+        return next((line for line in lines if line["kind"] == "validation" and line["epoch"] == epoch), {})
+
     def flush(self) -> None:
         """What was written so far survives a power cut."""
         with disk_errors(self.file):

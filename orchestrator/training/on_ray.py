@@ -11,18 +11,15 @@ import contextlib
 import logging
 import os
 import queue
-import shutil
 import signal
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -30,17 +27,18 @@ import torch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.errors import OrchestratorError, ResourceError, TrainingFailed
+from orchestrator.errors import ResourceError, TrainingFailed
 from orchestrator.models.hardware import keep_freed_memory
 from orchestrator.progress import Event, Report, Together
+from orchestrator.recipe import Training
 from orchestrator.session import Session
-from orchestrator.storage import TRACEBACK, Storage, atomic_write
-from orchestrator.training.failure import Retry, WorkerFailure, decide, failure_of, first_line
+from orchestrator.training.failure import WorkerFailure, failure_of, first_line
 from orchestrator.training.mailbox import Mailbox
-from orchestrator.training.placement import Placement
-from orchestrator.training.state import drop_newest, latest_state, read_remedies, write_remedies
+from orchestrator.training.placement import Placement, place_runs
+from orchestrator.training.recovery import keep_traceback, until_finished
+from orchestrator.training.state import Position
 from orchestrator.training.watch import Heart, Watch
-from orchestrator.training.worker import Place, TrainJob, train_worker
+from orchestrator.training.worker import GoOn, Place, TrainJob, train_worker
 
 _POLL_S = 0.5
 _PATIENCE_S, _REMIND_EVERY_S = 1800.0, 30.0
@@ -50,32 +48,36 @@ there for a while, and a process that died gives its place back only after a mom
 _BEATS_PER_TIMEOUT = 10
 
 
-def fit(job: TrainJob, placement: Placement, session: Session, report: Report) -> int:
-    """Train until the run is finished; returns how many attempts failed on the way.
+@dataclass(frozen=True)
+class OnRay:
+    """An ``Engine`` (stage.py): the workers are processes of the cluster."""
 
-    Raises:
-        TrainingFailed: the loop raised, or failed in a way, or so often, that ``failure.decide`` gives up.
-    """
-    training, storage = job.recipe.training, Storage(job.recipe.storage)
-    failed = restarts = 0
-    while True:
-        placement = wait_for_room(placement, report)
-        failures = _attempt(job, placement, session, report)
-        if not failures:
-            return failed
-        remedies = read_remedies(storage, job.run)
-        newest = latest_state(storage, job.run)[0].step
-        decision = decide(failures, restarts, remedies, training, placement.workers, newest)
-        if not isinstance(decision, Retry):
-            raise decision.error
-        report(Event("train", message=decision.reason))
-        if decision.remedies != remedies:
-            write_remedies(storage, job.run, decision.remedies)
-        if decision.drop_newest:
-            drop_newest(storage, job.run)
-        if decision.disk_full:
-            _wait_for_disk(storage.path(job.run), job.state_bytes, training.disk_full_patience_s, decision.disk_full)
-        failed, restarts = failed + 1, restarts + decision.is_restart
+    connect: Callable[[], Session]
+    """Called when Ray is needed, and not before a mistake in the recipe has been found."""
+    report: Report
+    go_on: GoOn | None = None
+
+    def place(self, training: Training, runs: int) -> tuple[Placement, int]:
+        return place_runs(training, self.connect().resources, runs)
+
+    def fit(self, jobs: Mapping[str, TrainJob], placement: Placement, at_once: int) -> Iterator[str]:
+        """Side by side, ``at_once`` at a time."""
+        if len(jobs) > 1:
+            yield from fit_all(jobs, placement, at_once, self.connect(), self.report)
+            return
+        for name, job in jobs.items():
+            fit(job, placement, self.connect(), self.report, self.go_on)
+            yield name
+
+
+def fit(job: TrainJob, placement: Placement, session: Session, report: Report, go_on: GoOn | None = None) -> int:
+    """Train until the run is finished; returns how many attempts failed on the way. Raises as ``until_finished`` does."""
+
+    def attempt() -> tuple[list[WorkerFailure], int]:
+        there = wait_for_room(placement, report)
+        return _attempt(job, there, session, report, go_on), there.workers
+
+    return until_finished(job, attempt, report)
 
 
 def fit_all(
@@ -115,15 +117,6 @@ def fit_all(
         together.close()
     if failed:
         raise failed[0]
-
-
-def _wait_for_disk(folder: Path, needed_bytes: int, patience_s: float, error: OrchestratorError) -> None:
-    """Until the disk has room again. Raises ``error`` when that does not happen within ``patience_s``."""
-    deadline = time.monotonic() + patience_s
-    while shutil.disk_usage(folder).free < needed_bytes:
-        if time.monotonic() > deadline:
-            raise error
-        time.sleep(_POLL_S)
 
 
 def wait_for_room(placement: Placement, report: Report, patience_s: float = _PATIENCE_S) -> Placement:
@@ -166,31 +159,45 @@ def _fewer(placement: Placement) -> Placement | None:
     return next((candidate for candidate in smaller if not _lacking(candidate)), None)
 
 
-def _attempt(job: TrainJob, placement: Placement, session: Session, report: Report) -> list[WorkerFailure]:
+def _attempt(
+    job: TrainJob, placement: Placement, session: Session, report: Report, go_on: GoOn | None
+) -> list[WorkerFailure]:
     """One run of all workers, from the last checkpoint to the end or to the first failure."""
     watch = Watch(job.recipe.training.hang_timeout_s)
     with _quiet_loggers(), _mailbox() as mailbox:
         run = _run_alone if placement.workers == 1 else partial(_run_together, session=session)
-        failures, hung = _follow(partial(run, job, placement, mailbox), mailbox, watch, report)
+        task = _Work(job, mailbox, max(1, int(placement.cpus_per_worker)), asks=go_on is not None)
+        failures, hung = _follow(partial(run, task, placement), mailbox, watch, report, go_on)
     return [*hung.values(), *(failure for failure in failures if failure.rank not in hung)]
 
 
-def _run_alone(job: TrainJob, placement: Placement, mailbox: Any) -> list[WorkerFailure]:
+@dataclass(frozen=True)
+class _Work:
+    """What every worker is told."""
+
+    job: TrainJob
+    mailbox: Any
+    threads: int
+    asks: bool
+    """Between two epochs, whether to go on."""
+
+
+def _run_alone(work: _Work, placement: Placement) -> list[WorkerFailure]:
     """One worker needs no process group: none of Ray Train's processes is started, and none takes time from it."""
     gpus = int(placement.device == "cuda")
     task = ray.remote(num_cpus=placement.cpus_per_worker, num_gpus=gpus, max_retries=0, max_calls=1)(_on_only_worker)
     try:
-        ray.get(task.options(name="TrainWorker").remote(job, mailbox, int(placement.cpus_per_worker)))
+        ray.get(task.options(name="TrainWorker").remote(work))
     except (RayTaskError, WorkerCrashedError, OutOfMemoryError) as error:
         return [_classify(0, error)]
     return []
 
 
-def _run_together(job: TrainJob, placement: Placement, mailbox: Any, session: Session) -> list[WorkerFailure]:
+def _run_together(work: _Work, placement: Placement, session: Session) -> list[WorkerFailure]:
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
     try:
-        _trainer(job, placement, session, mailbox).fit()
+        _trainer(work, placement, session).fit()
     except WorkerGroupError as error:
         return [_classify(rank, failure) for rank, failure in sorted(error.worker_failures.items())]
     except TrainingFailedError as error:
@@ -200,14 +207,14 @@ def _run_together(job: TrainJob, placement: Placement, mailbox: Any, session: Se
     return []
 
 
-def _trainer(job: TrainJob, placement: Placement, session: Session, mailbox: Any) -> Any:
+def _trainer(work: _Work, placement: Placement, session: Session) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": placement.cpus_per_worker} | ({"GPU": 1} if placement.device == "cuda" else {})
     return TorchTrainer(
         _on_worker,
-        train_loop_config={"job": job, "mailbox": mailbox, "threads": int(placement.cpus_per_worker)},
+        train_loop_config={"work": work},
         scaling_config=ScalingConfig(
             num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
         ),
@@ -221,7 +228,7 @@ def _trainer(job: TrainJob, placement: Placement, session: Session, mailbox: Any
 
 
 def _follow(
-    run: Callable[[], list[WorkerFailure]], mailbox: Any, watch: Watch, report: Report
+    run: Callable[[], list[WorkerFailure]], mailbox: Any, watch: Watch, report: Report, go_on: GoOn | None
 ) -> tuple[list[WorkerFailure], dict[int, WorkerFailure]]:
     """Wait for the workers' end, showing what they say; a worker that hangs is ended. Returns what ``run`` did, and hangs.
 
@@ -237,9 +244,11 @@ def _follow(
 
     threading.Thread(target=wait, name="workers", daemon=True).start()
     while not wait_for([done], timeout=_POLL_S).done:
-        events, beats = ray.get(mailbox.drain.remote())
+        events, beats, question = ray.get(mailbox.drain.remote())
         for event in events:
             report(event)
+        if question is not None and go_on is not None:
+            mailbox.answer.remote(go_on(*question))
         watch.note(beats, time.monotonic())
         for hang in watch.hung(time.monotonic()):
             if hang.rank not in hung:
@@ -277,35 +286,37 @@ def _on_worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     context = get_context()
-    _work(place=Place(context.get_world_rank(), context.get_world_size(), get_device()), **config)
+    _train(config["work"], Place(context.get_world_rank(), context.get_world_size(), get_device()))
 
 
-def _on_only_worker(job: TrainJob, mailbox: Any, threads: int) -> None:
-    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    _work(job, Place(0, 1, device), mailbox, threads)
+def _on_only_worker(work: _Work) -> None:
+    _train(work, Place(0, 1, torch.device("cuda" if ray.get_gpu_ids() else "cpu")))
 
 
-def _work(job: TrainJob, place: Place, mailbox: Any, threads: int) -> None:
+def _train(work: _Work, place: Place) -> None:
     keep_freed_memory()
-    torch.set_num_threads(max(1, threads))
+    torch.set_num_threads(work.threads)
+    job, mailbox = work.job, work.mailbox
     process = f"{ray.get_runtime_context().get_node_id()} {os.getpid()}"
     every_s = job.recipe.training.hang_timeout_s / _BEATS_PER_TIMEOUT
     with Heart(place.rank, process, mailbox.beat.remote, every_s) as beat:
+        go_on = partial(_ask, mailbox, beat) if work.asks else None
         try:
-            train_worker(job, place, lambda event: mailbox.put.remote(event) and None, beat)
+            train_worker(job, place, lambda event: mailbox.put.remote(event) and None, beat, go_on)
         except Exception as error:  # noqa: BLE001  whatever it is, the driver decides
-            _keep_traceback(job)
+            keep_traceback(job)
             raise _Reported(failure_of(place.rank, error)) from None
     if place.rank == 0:
         ray.get(mailbox.flush.remote())
 
 
-def _keep_traceback(job: TrainJob) -> None:
-    """In the run's folder, for whoever has to find the cause."""
-    storage, location = Storage(job.recipe.storage), f"{job.run}/{TRACEBACK}"
-    with contextlib.suppress(Exception):  # the disk may be what failed
-        atomic_write(storage.path(location), traceback.format_exc().encode())
-        storage.push(location)
+def _ask(mailbox: Any, beat: Callable[[], None], position: Position, scores: dict[str, float]) -> bool:
+    """The driver, who looks for questions as it looks for events."""
+    ray.get(mailbox.ask.remote((position, scores)))
+    while (verdict := ray.get(mailbox.answered.remote())) is None:
+        beat()
+        time.sleep(_POLL_S / 5)
+    return bool(verdict)
 
 
 def _classify(rank: int, failure: BaseException) -> WorkerFailure:

@@ -1,14 +1,14 @@
 """The train stage: a dataset's record in, a model's record out; one run, or the runs of folds and ensembles joined.
 
-Knows which runs there are and what is recorded of them; how a run is trained is ``on_ray.fit``'s.
+Knows which runs there are and what is recorded of them; how a run is trained is the engine's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +21,17 @@ from orchestrator.progress import Event, Report
 from orchestrator.recipe import Privacy, Recipe, Training
 from orchestrator.recipe_file import to_yaml
 from orchestrator.records import CrossValidation, DatasetRecord, Ensemble, EpochMetrics, ModelRecord, PrivacySpent
-from orchestrator.session import Session
-from orchestrator.storage import METRICS, MODEL, RECIPE, RECORD, Storage, atomic_write, folder_bytes, stage_location
+from orchestrator.storage import (
+    METRICS,
+    MODEL,
+    RECIPE,
+    RECORD,
+    Storage,
+    atomic_write,
+    folder_bytes,
+    sha256_json,
+    stage_location,
+)
 from orchestrator.tasks import TASKS, Task
 from orchestrator.training.folds import (
     Run,
@@ -34,8 +43,7 @@ from orchestrator.training.folds import (
     run_metrics,
 )
 from orchestrator.training.metrics_log import read_metrics
-from orchestrator.training.on_ray import fit, fit_all
-from orchestrator.training.placement import place_runs
+from orchestrator.training.placement import Placement
 from orchestrator.training.precision import resolve_precision
 from orchestrator.training.privacy import check_privacy
 from orchestrator.training.state import latest_state
@@ -48,71 +56,98 @@ def _state_bytes(training: Training) -> int:
     return 4 * (2 * (4 if training.averaging else 3) + 2)
 
 
+WITHOUT_EFFECT = {"max_failures", "max_rollbacks", "hang_timeout_s", "disk_full_patience_s",
+                  "checkpoint_every_steps", "checkpoint_every_s"}  # fmt: skip
+"""Fields of ``training`` that do not change the weights it ends with."""
+
+
+def train_key(recipe: Recipe, dataset: DatasetRecord) -> str:
+    """Of the model that this recipe makes of this dataset."""
+    settings = recipe.training.model_dump(exclude=WITHOUT_EFFECT, mode="json")
+    return sha256_json([dataset.key, recipe.model.model_dump(mode="json"), settings, recipe.seed])
+
+
+class Engine(Protocol):
+    """Where runs are trained: on Ray (``on_ray.OnRay``) or in this process (``here.Here``)."""
+
+    def place(self, training: Training, runs: int) -> tuple[Placement, int]:
+        """Where each of several equal runs goes, and how many go on at a time."""
+
+    def fit(self, jobs: Mapping[str, TrainJob], placement: Placement, at_once: int) -> Iterator[str]:
+        """Train all; gives the name of each when it is finished."""
+
+
 @dataclass(frozen=True)
 class TrainStage:
     recipe: Recipe
     storage: Storage
-    connect: Callable[[], Session]
-    """Called when Ray is needed, and not before a mistake in the recipe has been found."""
+    engine: Engine
     report: Report
     predict: Callable[[str], np.ndarray]
     """Location of a model -> its probabilities [rows, classes] of the validation rows."""
+    is_trial: bool = False
+    """See ``TrainJob``."""
 
     @property
     def task(self) -> Task:
         return TASKS[self.recipe.task]
 
-    def train(self, dataset: DatasetRecord, key: str) -> ModelRecord:
-        """Under the stage's ``key``. Raises TrainingFailed, ResourceError, BackboneError, DataError."""
+    def train(self, dataset: DatasetRecord, key: str, run: str | None = None) -> ModelRecord:
+        """Under the stage's ``key``. ``run``: the run's folder, if it is not the one that follows from the key.
 
-        run = stage_location("train", self.recipe.name, key)
-        folds, models = fold_runs(self.recipe, run), model_runs(self.recipe, run)
-        rows = fold_sizes(self.recipe, self.storage.fetch(dataset.location), dataset.labels)
-        atomic_write(self.storage.path(run) / RECIPE, to_yaml(self.recipe).encode())
-        self.storage.push(f"{run}/{RECIPE}")
-        validated = cross_validation(self._fit(folds, dataset, key), rows) if folds else None
-        members = self._fit(models, dataset, key)
-        model = members[0] if models[0].location == run else self._join(members, validated, dataset, run)
+        Raises TrainingFailed, ResourceError, BackboneError, DataError.
+        """
+        run = run or stage_location("train", self.recipe.name, key)
+        validated = self.cross_validate(dataset, key, run)
+        runs = model_runs(self.recipe, run)
+        members = self._fit(runs, dataset, key)
+        model = members[0] if runs[0].location == run else self._join(members, validated, dataset, run)
         return model.model_copy(update={"folds": validated})
 
-    def _fit(self, runs: Sequence[Run], dataset: DatasetRecord, key: str) -> list[ModelRecord]:
-        """A record for each run, in order; several go on side by side, and one that is finished is not done again."""
+    def cross_validate(self, dataset: DatasetRecord, key: str, run: str) -> CrossValidation | None:
+        """The runs of the folds alone; None if the recipe asks for none."""
+        atomic_write(self.storage.path(run) / RECIPE, to_yaml(self.recipe).encode())
+        self.storage.push(f"{run}/{RECIPE}")
+        rows = fold_sizes(self.recipe, self.storage.fetch(dataset.location), dataset.labels)
+        return cross_validation(self._fit(fold_runs(self.recipe, run), dataset, key), rows) if rows else None
 
+    def _fit(self, runs: Sequence[Run], dataset: DatasetRecord, key: str) -> list[ModelRecord]:
+        """A record for each run, in order; one that is finished is not done again."""
         found = {run.name: self.storage.read_json(f"{run.location}/{RECORD}") for run in runs}
         records = {name: ModelRecord.model_validate(values) for name, values in found.items() if values}
         missing = {run.name: run for run in runs if run.name not in records}
         if not missing:
             return [records[run.name] for run in runs]
-        # What cannot be is said now, not by a worker.
+        jobs = self._jobs(missing, dataset)
+        placement, at_once = self.engine.place(self.recipe.training, len(runs))
+        self.report(Event("train", message=self._told(placement, at_once, len(jobs), len(runs))))
+        for name in self.engine.fit(jobs, placement, at_once):
+            location = missing[name].location
+            records[name] = self._model_record(dataset, key, location, placement.workers, placement.device)
+            if len(runs) > 1:
+                self.storage.write_json(f"{location}/{RECORD}", records[name].model_dump(mode="json"))
+        return [records[run.name] for run in runs]
+
+    def _jobs(self, runs: Mapping[str, Run], dataset: DatasetRecord) -> dict[str, TrainJob]:
+        """What cannot be is said here, not by a worker."""
         if self.recipe.training.privacy:
             check_privacy(self.recipe.training.privacy, dataset.splits["train"].rows)
         parameters = count_parameters(self.task.network(self.recipe.model, dataset.labels))
-        jobs = {
+        return {
             name: TrainJob(self.recipe.model_copy(update={"seed": run.seed}), run.location, dataset.location,
-                           dataset.labels, _state_bytes(self.recipe.training) * parameters, run.fold)
-            for name, run in missing.items()
+                           dataset.labels, _state_bytes(self.recipe.training) * parameters, run.fold, self.is_trial)
+            for name, run in runs.items()
         }  # fmt: skip
-        placement, at_once = place_runs(self.recipe.training, self.connect().resources, len(runs))
+
+    def _told(self, placement: Placement, at_once: int, left: int, runs: int) -> str:
         plural = "s" * (placement.workers > 1)
         workers = f"{self.task.backbone(self.recipe.model)} on {placement.workers} {placement.device} worker{plural}"
-        if len(runs) == 1:
-            self.report(Event("train", message=workers))
-            fit(jobs[runs[0].name], placement, self.connect(), self.report)
-            return [self._model_record(dataset, key, runs[0].location, placement.workers, placement.device)]
-        self.report(
-            Event("train", message=f"{len(jobs)} of {len(runs)} runs to do, {at_once} at a time: {workers} each")
-        )
-        for name in fit_all(jobs, placement, at_once, self.connect(), self.report):
-            location = missing[name].location
-            records[name] = self._model_record(dataset, key, location, placement.workers, placement.device)
-            self.storage.write_json(f"{location}/{RECORD}", records[name].model_dump(mode="json"))
-        return [records[run.name] for run in runs]
+        return workers if runs == 1 else f"{left} of {runs} runs to do, {at_once} at a time: {workers} each"
 
     def _join(
         self, members: list[ModelRecord], validated: CrossValidation | None, dataset: DatasetRecord, run: str
     ) -> ModelRecord:
         """The members as one model, with what they disagree on; members that are folds have no unseen rows for that."""
-
         if self.recipe.training.ensemble == "folds" and validated is not None:
             ensemble = Ensemble(members=validated.runs)
         else:
@@ -128,7 +163,6 @@ class TrainStage:
         return joined(members, run, ensemble, folder_bytes(self.storage.path(f"{run}/{MODEL}")))
 
     def _model_record(self, dataset: DatasetRecord, key: str, run: str, workers: int, device: str) -> ModelRecord:
-
         position, _ = latest_state(self.storage, run)
         epochs = [line for line in read_metrics(self.storage.pull(f"{run}/{METRICS}")) if line["kind"] == "validation"]
         folder = self.storage.fetch(f"{run}/{MODEL}")

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 from orchestrator.data.augment import augment
-from orchestrator.data.batches import evaluation_batches, plan_epoch, share
+from orchestrator.data.batches import evaluation_batches, mixed_seed, plan_epoch, share
 from orchestrator.data.encoders import load_encoder
 from orchestrator.data.images import ImageEncoder
 from orchestrator.errors import IntegrityError, TrainingFailed
@@ -36,7 +36,7 @@ from orchestrator.training.averaging import Average
 from orchestrator.training.failure import Diverged
 from orchestrator.training.folds import Fold, training_splits
 from orchestrator.training.freezing import freeze, frozen_sha256, load_trained_state, trained_state
-from orchestrator.training.loop import Compute, MicroBatch, predict, train_step
+from orchestrator.training.loop import Compute, MicroBatch, class_weights, predict, train_step
 from orchestrator.training.metrics_log import MetricsLog
 from orchestrator.training.mixup import blend, plan_mixup
 from orchestrator.training.optim import build_optimizer, schedule_factor, set_learning_rate
@@ -77,6 +77,9 @@ class TrainJob:
     """About what a run keeps on disk: two checkpoints and two models."""
     fold: Fold | None = None
     """Train on the other folds of train and validation, and validate on this one."""
+    is_trial: bool = False
+    """It is one of many, and most of them are thrown away: it is written down by the clock alone, not after each epoch, and
+    when it is finished there is nothing to go on from."""
 
 
 @dataclass(frozen=True)
@@ -87,29 +90,37 @@ class Place:
 
 
 Emit = Callable[[Event], None]
+GoOn = Callable[[Position, dict[str, float]], bool]
+"""Asked between two epochs, with the validation scores of the best so far: whether the run trains another."""
 
 
-def train_worker(job: TrainJob, place: Place, emit: Emit, beat: Callable[[], None] = lambda: None) -> None:
+def train_worker(
+    job: TrainJob, place: Place, emit: Emit, beat: Callable[[], None] = lambda: None, go_on: GoOn | None = None
+) -> None:
     """Train to the end, or raise. Every worker of the group calls it with the same job.
 
-    ``beat`` is called whenever something is done: the worker that no longer does is hung.
+    ``beat`` is called whenever something is done: the worker that no longer does is hung. ``go_on`` is asked on the
+    first worker; when it says no, the run is finished as if early stopping had ended it.
 
     Raises:
         Diverged: the loss or the gradients are no numbers; the last checkpoint's are.
         DiskFull, IntegrityError: of the run's folder.
     """
-    _Worker(job, place, emit, beat).run()
+    if not latest_state(Storage(job.recipe.storage), job.run)[0].finished:
+        _Worker(job, place, emit, beat, go_on).run()
 
 
 class _Worker:
-    def __init__(self, job: TrainJob, place: Place, emit: Emit, beat: Callable[[], None]) -> None:
+    def __init__(self, job: TrainJob, place: Place, emit: Emit, beat: Callable[[], None], go_on: GoOn | None) -> None:
         recipe = job.recipe
-        self.job, self.settings, self.emit, self.beat = job, recipe.training, emit, beat
+        self.job, self.settings, self.emit, self.beat, self.go_on = job, recipe.training, emit, beat, go_on
         self.storage, self.task = Storage(recipe.storage), TASKS[recipe.task]
         precision = resolve_precision(self.settings, place.device)
         self.compute = Compute(place.device, precision, place.rank, place.world)
         self.leads = place.rank == 0
         self.reported_at, self.saved_at = 0.0, time.monotonic()
+        self.unsaved: Network | None = None
+        """The best epoch's network, while it is in no checkpoint."""
         self._load_data()
         self._build(recipe)
 
@@ -175,12 +186,22 @@ class _Worker:
         self.log, self.writer = self._open_log() if self.leads else None, BackgroundWriter(self.beat)
         try:
             while not self.position.finished:
-                self._epoch()
+                if self._is_told_to_stop():
+                    self.position = replace(self.position, finished=True, stopped_early=True)
+                    self._checkpoint()
+                else:
+                    self._epoch()
             self.writer.finish()
         finally:
             self.writer.close()
             if self.log:
                 self.log.close()
+
+    def _is_told_to_stop(self) -> bool:
+        if self.go_on is None or self.position.epoch == 0 or self.position.batch > 0:
+            return False
+        no = self.log is not None and not self.go_on(self.position, self.log.scores(self.position.best_epoch))
+        return self._sum_over_workers(float(no))[0] > 0
 
     def _open_log(self) -> MetricsLog:
         """The run may go on in another place than it began."""
@@ -206,7 +227,7 @@ class _Worker:
         started, at = time.perf_counter(), self.position
         rate = self._learning_rate()
         set_learning_rate(self.optimizer, rate)
-        torch.manual_seed(_mix(self.job.recipe.seed, at.step, self.compute.rank))
+        torch.manual_seed(mixed_seed(self.job.recipe.seed, at.step, self.compute.rank))
         try:
             loss, grad_norm = self._private_step(batch) if self.private else self._plain_step(batch)
         except Diverged as error:
@@ -236,7 +257,7 @@ class _Worker:
     def _private_step(self, batch: np.ndarray) -> tuple[float, float]:
         assert self.private and self.noise
         # What is done again after a rollback, with another rate, must not show the same noise on other gradients.
-        seed = _mix(self.noise.secret, self.position.step, self.remedies.rollbacks)
+        seed = mixed_seed(self.noise.secret, self.position.step, self.remedies.rollbacks)
         result = self.private.step(self._micro_batches(batch), self._row_losses, seed, self.compute.world)
         self.optimizer.step()
         return result
@@ -292,7 +313,7 @@ class _Worker:
     def _inputs(self, table: pa.Table, rows: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         """Tensors on the device; with ``rows``, training images are augmented, each by its own seed."""
         if rows is not None and isinstance(self.encoder, ImageEncoder):
-            seeds = [_mix(self.job.recipe.seed, self.position.epoch, int(row)) for row in rows]
+            seeds = [mixed_seed(self.job.recipe.seed, self.position.epoch, int(row)) for row in rows]
             pixels = augment(self.encoder.pixels(table), self.settings.augmentation, seeds)
             inputs = {"pixels": self.encoder.normalise(pixels)}
         else:
@@ -330,7 +351,10 @@ class _Worker:
         early = self._should_stop(position)
         finished = early or position.epoch + 1 >= self.settings.epochs
         self.position = replace(position.next_epoch(), finished=finished, stopped_early=early)
-        self._checkpoint(with_model=is_best)
+        if not self.job.is_trial or is_sharded(self.network) or finished or self._checkpoint_is_due(position.step):
+            self._checkpoint(with_model=is_best)
+        elif is_best and self.leads:
+            self.unsaved = copy.deepcopy(self._result()).cpu()
 
     def _should_stop(self, position: Position) -> bool:
         stopping = self.settings.early_stopping
@@ -379,17 +403,24 @@ class _Worker:
         """Have everything written that a run needs to go on from here; ``with_model``: these weights are the best so far."""
         self.saved_at = time.monotonic()
         self.writer.finish()  # before memory is taken for another copy
-        state = state_of(self.network, self.optimizer) | {"frozen_sha256": self.frozen_sha256}
-        state["network"] = trained_state(self.network, state["network"])
+        state = self._state()
         if not self.log:
             return
+        model = self._detached_model(state) if with_model else self.unsaved
+        self.unsaved = None
+        log, position = self.log, self.position
+        if self.job.is_trial and position.finished:
+            state = {}
+        self.writer.submit(lambda: self._write(log, position, state, model))
+
+    def _state(self) -> dict[str, Any]:
+        state = state_of(self.network, self.optimizer) | {"frozen_sha256": self.frozen_sha256}
+        state["network"] = trained_state(self.network, state["network"])
         if self.average:
             state["average"] = copied(self.average.state_dict())
         if self.noise:
             state["noise"] = asdict(self.noise)
-        model = self._detached_model(state) if with_model else None
-        log, position = self.log, self.position
-        self.writer.submit(lambda: self._write(log, position, state, model))
+        return state
 
     def _detached_model(self, state: dict[str, Any]) -> Network:
         """A network of its own with these weights."""
@@ -414,18 +445,3 @@ class _Worker:
         if position.finished:
             publish_model(self.storage, run, position.best_epoch)
         save_state(self.storage, run, position, state)
-
-
-def class_weights(setting: str | dict[str, float], labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-    """Weight of each class in the loss: float32 [classes]. ``balanced`` is n / (classes * n_class)."""
-    if setting == "none":
-        return np.ones(len(names), np.float32)
-    if isinstance(setting, dict):
-        return np.array([setting.get(name, 1.0) for name in names], np.float32)
-    counts = np.bincount(labels, minlength=len(names))
-    return (len(labels) / (len(names) * np.maximum(counts, 1))).astype(np.float32)
-
-
-def _mix(*numbers: int) -> int:
-    """A seed from several numbers, well spread: the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

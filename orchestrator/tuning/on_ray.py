@@ -20,6 +20,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
+from orchestrator.errors import DiskFull
 from orchestrator.session import Session
 from orchestrator.tuning.measured import Measured, RunTrial
 from orchestrator.tuning.schedulers import EPOCH, VALUE, make_scheduler, remember
@@ -113,6 +114,10 @@ class _Searcher(Searcher):
         self.losses: dict[int, int] = {}
         self.broken: BaseException | None = None
 
+    def __reduce__(self) -> tuple[type[str], tuple[()]]:
+        """Tune writes its configuration down, to restore it from there: what counts is in the study."""
+        return str, ()
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         asked: Asked | None = None
         with self._first_error():
@@ -165,6 +170,8 @@ class _Searcher(Searcher):
                 self._end(asked, Measured("failed", error=error, kind="lost"))
 
     def _end(self, asked: Asked, measured: Measured) -> None:
+        if measured.kind == "no_room":  # the trial is not to blame: it goes on when there is room again
+            raise DiskFull(measured.error)
         self.study.tell(asked.number, measured)
         self.watcher.ended(asked, measured)
 

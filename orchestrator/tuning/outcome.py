@@ -24,6 +24,7 @@ from orchestrator.tuning.study import (
     DEFAULT,
     EPOCHS,
     ERROR,
+    KIND,
     LOCATION,
     METRICS,
     POINT,
@@ -45,11 +46,12 @@ def records_of(study: Study) -> list[TrialRecord]:
 def _record(trial: FrozenTrial) -> TrialRecord:
     known = trial.user_attrs
     return TrialRecord(
-        number=trial.number, state=_STATES.get(trial.state, "running"), parameters=known[POINT],
+        number=trial.number, state="failed" if ERROR in known else _STATES.get(trial.state, "running"),
+        parameters=known[POINT],
         metrics=known.get(METRICS, {}),
         history=tuple((epoch + 1, value) for epoch, value in sorted(trial.intermediate_values.items())),
         violations=tuple(known.get(CONSTRAINTS, ())), epochs=known.get(EPOCHS, 0), seconds=known.get(SECONDS, 0.0),
-        started=known.get(STARTED, 0.0), location=known.get(LOCATION, ""), error=known.get(ERROR, ""),
+        started=known.get(STARTED, 0.0), location=known.get(LOCATION, ""), error=known.get(ERROR, ""), kind=known.get(KIND, ""),
         is_default=known.get(DEFAULT, False),
     )  # fmt: skip
 

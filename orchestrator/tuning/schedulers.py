@@ -65,6 +65,8 @@ class _ByNumber(TrialScheduler):
     def __init__(self, inner: ASHAScheduler | MedianStoppingRule) -> None:
         super().__init__()
         self.inner = inner
+        self.past: dict[tuple[int, int], str] = {}
+        """Answers to recalled results: a trial that was killed before its answer was carried out asks again."""
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         return True  # it was told when it was made
@@ -72,7 +74,8 @@ class _ByNumber(TrialScheduler):
     def recall(self, number: int, values: Mapping[int, float]) -> None:
         self._add(number)
         for epoch, value in sorted(values.items()):
-            self.inner.on_trial_result(None, _named(number), {EPOCH: epoch + 1, VALUE: value})
+            answer = self.inner.on_trial_result(None, _named(number), {EPOCH: epoch + 1, VALUE: value})
+            self.past[number, epoch + 1] = answer
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._add(trial.config["number"])
@@ -86,10 +89,10 @@ class _ByNumber(TrialScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if VALUE not in result or result.get("done"):
             return TrialScheduler.CONTINUE
-        named = _named(trial.config["number"])
-        if isinstance(self.inner, MedianStoppingRule) and named in self.inner._stopped_trials:
-            return TrialScheduler.STOP  # an earlier run was killed before the stop was written down
-        answer: str = self.inner.on_trial_result(tune_controller, named, result)
+        number = trial.config["number"]
+        answer: str = self.past.get((number, result[EPOCH])) or self.inner.on_trial_result(
+            tune_controller, _named(number), result
+        )
         return TrialScheduler.STOP if answer == TrialScheduler.STOP else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,7 @@ class Space:
         for parameter in self.parameters:
             if not parameter.counts(point):
                 continue
-            value = _at(values, parameter.path)
+            value = value_at(values, parameter.path)
             if parameter.path == "training.learning_rate" and value is None:
                 value = learning_rate
             if not parameter.holds(value):
@@ -171,18 +171,33 @@ class Space:
         return list(points.values())
 
 
+def including(dimension: Dimension, value: Any) -> Dimension:
+    """The dimension, stretched where it does not hold a value: another choice, or a further end."""
+    if value is None or Parameter("", dimension, _distribution(dimension)).holds(value):
+        return dimension
+    if dimension.kind == "choice":
+        values = (*dimension.values, value)
+        return dimension.model_copy(update={"values": tuple(sorted(values)) if _are_numbers(values) else values})
+    low, high, *step = dimension.values
+    return dimension.model_copy(update={"values": (min(low, value), max(high, value), *step)})
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
 def told(dimension: Dimension) -> str:
     """For people: ``log_uniform [1e-05, 0.001]``."""
     return f"{dimension.kind} {list(dimension.values)}"
 
 
 def recipe_with(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
-    """The recipe with these values of its fields.
+    """The recipe with these values of its fields, and no search.
 
     Raises:
         RecipeError: they do not go together.
     """
-    values = recipe.model_dump(mode="json")
+    values = recipe.model_dump(mode="json") | {"tuning": None}
     for path, value in point.items():
         *parents, leaf = path.split(".")
         target = values
@@ -278,7 +293,8 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
-def _at(values: Mapping[str, Any], path: str) -> Any:
+def value_at(values: Mapping[str, Any], path: str) -> Any:
+    """Of a recipe's values; None where there is none."""
     found: Any = values
     for key in path.split("."):
         found = found.get(key) if isinstance(found, Mapping) else None

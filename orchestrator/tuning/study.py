@@ -24,9 +24,11 @@ from orchestrator.tuning.samplers import CONSTRAINTS, make_sampler
 from orchestrator.tuning.space import Point, Space
 
 _BUSY_TIMEOUT_S = 60.0
+_BAD_REGION = ("out_of_memory", "diverged")
+"""Failures that the values are to blame for: the sampler is to keep away from them."""
 _OBJECTIVES = "objectives"
-POINT, METRICS, LOCATION, ERROR, STARTED, SECONDS, DEFAULT, EPOCHS = (
-    "point", "metrics", "location", "error", "started", "seconds", "default", "epochs",
+POINT, METRICS, LOCATION, ERROR, KIND, STARTED, SECONDS, DEFAULT, EPOCHS = (
+    "point", "metrics", "location", "error", "kind", "started", "seconds", "default", "epochs",
 )  # fmt: skip
 """User attributes of a trial."""
 
@@ -120,19 +122,23 @@ class Study:
         if self.storage.get_trial(self._id(number)).state.is_finished():
             return
         self.note(number, **{
-            METRICS: measured.metrics, LOCATION: measured.location, SECONDS: measured.seconds, EPOCHS: measured.epochs,
-            **({ERROR: measured.error} if measured.error else {}), CONSTRAINTS: self._violations(measured),
+            METRICS: measured.metrics, SECONDS: measured.seconds, EPOCHS: measured.epochs,
+            **({LOCATION: measured.location} if measured.location else {}),
+            **({ERROR: measured.error, KIND: measured.kind} if measured.state == "failed" else {}),
+            CONSTRAINTS: self.violations(measured),
         })  # fmt: skip
         # What the sampler keeps of a trial is written by the one that chose it.
         self.inner.sampler = make_sampler(self.tuning, self.space, self.seed, number)
         if measured.state == "failed":
-            self.inner.tell(number, state=TrialState.FAIL)
+            # Samplers leave failed trials out, and take pruned ones without a value for the worst.
+            bad = self.is_single and measured.kind in _BAD_REGION
+            self.inner.tell(number, state=TrialState.PRUNED if bad else TrialState.FAIL)
         elif measured.state == "pruned" and self.is_single:
             self.inner.tell(number, state=TrialState.PRUNED)
         else:
             self.inner.tell(number, [measured.metrics[name] for name in self.objectives])
 
-    def _violations(self, measured: Measured) -> list[float]:
+    def violations(self, measured: Measured) -> list[float]:
         """Per bound, by how much of it the trial is outside; a trial without the measurement is not known to be."""
         found = []
         for metric, bound in self.tuning.constraints.items():

@@ -63,7 +63,7 @@ def test_code_that_raised_is_not_run_again_whatever_else_failed() -> None:
 def test_our_own_errors_keep_their_kind() -> None:
     broken = IntegrityError("rows.arrow is not what was written", "restore it")
     decision = decided(failure_of(0, broken), PEER)
-    assert decision == Stop(broken)
+    assert decision == Stop(broken, "raised")
 
 
 def test_out_of_memory_halves_the_rows_at_a_time_until_one_is_left() -> None:
