@@ -63,6 +63,7 @@ from orchestrator.tasks import TASKS
 if TYPE_CHECKING:
     from orchestrator.evaluation.on_ray import Cost, PredictJob
     from orchestrator.training.placement import Placement
+    from orchestrator.tune import TuneStage
 
 _SAMPLE_IMAGES = 64
 R = TypeVar("R", bound=Record)
@@ -114,6 +115,8 @@ class Pipeline:
     def walk(self, verb: str) -> Record | dict[str, Any]:
         """Every stage up to ``verb``; returns its record, or all records for ``run``."""
         records: dict[str, Any] = {"stage": "run", "name": self.recipe.name}
+        if self.recipe.tuning and verb != "prepare":
+            self._tune_stage().check()
         dataset = records["prepare"] = self.prepare()
         if verb == "prepare":
             return dataset
@@ -181,10 +184,13 @@ class Pipeline:
 
     def tune(self, dataset: DatasetRecord) -> StudyRecord:
         """Search for better values of recipe fields, going on with the study if an earlier run was cut short."""
+        stage = self._tune_stage()
+        return self._once("tune", stage.key(dataset), StudyRecord, lambda: stage.tune(dataset), stage.location(dataset))
+
+    def _tune_stage(self) -> TuneStage:
         from orchestrator.tune import TuneStage
 
-        stage = TuneStage(self.recipe, self.storage, lambda: self.session, self.report, self.prepare, self._validated)
-        return self._once("tune", stage.key(dataset), StudyRecord, lambda: stage.tune(dataset), stage.location(dataset))
+        return TuneStage(self.recipe, self.storage, lambda: self.session, self.report, self.prepare, self._validated)
 
     def dataset_of(self, study: StudyRecord, dataset: DatasetRecord) -> DatasetRecord:
         """As the winner reads it: for another backbone it is encoded anew."""

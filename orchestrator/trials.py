@@ -57,18 +57,19 @@ class Trials:
         return part_location(self.location, TRIALS, number)
 
     def __call__(self, number: int, point: Point, go_on: GoOn) -> Measured:
-        trial = _Trial(self, recipe_with(self.recipe, point), self.location_of(number), go_on)
-        try:
-            return trial.measured()
-        except OrchestratorError as error:
-            return trial.failed(error)
+        with tempfile.TemporaryDirectory(prefix="trial-") as scratch:
+            trial = _Trial(self, recipe_with(self.recipe, point), self.location_of(number), go_on, Path(scratch))
+            try:
+                return trial.measured()
+            except OrchestratorError as error:
+                return trial.failed(error)
 
 
 class _Trial:
     """One of them, under way."""
 
-    def __init__(self, study: Trials, recipe: Recipe, run: str, go_on: GoOn) -> None:
-        self.study, self.recipe, self.run, self.go_on = study, recipe, run, go_on
+    def __init__(self, study: Trials, recipe: Recipe, run: str, go_on: GoOn, scratch: Path) -> None:
+        self.study, self.recipe, self.run, self.go_on, self.scratch = study, recipe, run, go_on, scratch
         self.storage, self.started = Storage(recipe.storage), time.monotonic()
         values = self.storage.read_json(f"{run}/{DATASET}")  # encoded for another model than the recipe's
         self.dataset = study.dataset if values is None else DatasetRecord.model_validate(values)
@@ -122,8 +123,15 @@ class _Trial:
     def _engine(self) -> Engine:
         placement = self.study.placement
         ask = self._ask_after_epoch if units_of(self.recipe.training) > 1 and not self.recipe.training.folds else None
-        engine: Engine = Here(placement, ignore, ask) if placement.workers == 1 else _Workers(placement, ask)
+        engine: Engine = Here(placement, ignore, ask) if placement.workers == 1 else self._workers(ask)
         return _FoldByFold(engine, self._ask_after_fold) if self.recipe.training.folds else engine
+
+    def _workers(self, ask: GoOnTraining | None) -> Engine:
+        """Several processes, started from within this one, which is on Ray already."""
+        from orchestrator.training.on_ray import OnRay
+
+        session = Session(os.environ.get("RAY_ADDRESS", ""), Resources(0, 0, 0, 0, 0), self.scratch, is_private=False)
+        return OnRay(lambda: session, ignore, ask, self.study.placement)
 
     def _ask_after_epoch(self, position: Position, scores: dict[str, float]) -> bool:
         metrics = {name: scores[name] for name in QUALITY} | {"seconds": position.seconds}
@@ -197,25 +205,3 @@ class _FoldByFold:
         for name in self.engine.fit(jobs, placement, at_once):
             yield name
             self.ask()  # the run's record has been written by now
-
-
-@dataclass(frozen=True)
-class _Workers:
-    """An engine of several processes, started from within the trial's."""
-
-    placement: Placement
-    go_on: GoOnTraining | None
-
-    def place(self, training: Training, runs: int) -> tuple[Placement, int]:
-        return self.placement, 1
-
-    def fit(self, jobs: Mapping[str, TrainJob], placement: Placement, at_once: int) -> Iterator[str]:
-        from orchestrator.training.on_ray import fit
-
-        with tempfile.TemporaryDirectory(prefix="trial-") as scratch:
-            session = Session(
-                os.environ.get("RAY_ADDRESS", ""), Resources(0, 0, 0, 0, 0), Path(scratch), is_private=False
-            )
-            for name, job in jobs.items():
-                fit(job, placement, session, ignore, self.go_on)
-                yield name

@@ -95,6 +95,10 @@ class TuneStage:
     def location(self, dataset: DatasetRecord) -> str:
         return stage_location("tune", self.recipe.name, self.study_key(dataset))
 
+    def check(self) -> None:
+        """Before anything runs. Raises RecipeError for a space, or points, that do not fit the recipe."""
+        self._first_points()
+
     # --------------------------------------------------------------------------------------------------------- search
 
     def tune(self, dataset: DatasetRecord) -> StudyRecord:
@@ -157,6 +161,7 @@ class TuneStage:
         from orchestrator.tuning.on_ray import Budget, Room, Watcher, search
 
         placement, at_once = self._room()
+        self.report(Event("tune", message=_told(placement, at_once)))
         needed = {*self.objectives, *self.tuning.constraints}
         trials = Trials(
             self.plain, dataset, self.location(dataset), self.objectives[0], "latency_ms" in needed, placement
@@ -180,11 +185,7 @@ class TuneStage:
         return min(self.tuning.trials, len(self.space.grid())) if self.tuning.sampler == "grid" else self.tuning.trials
 
     def _room(self) -> tuple[Placement, int]:
-        placement, at_once = room_for(self.recipe, self.tuning, self.connect().resources)
-        workers = f"{placement.workers} workers each" if placement.workers > 1 else "one worker each"
-        said = f"{at_once} trials at a time, {workers}, {placement.cpus_per_worker:g} CPUs per worker"
-        self.report(Event("tune", message=said + (" and a GPU" if placement.device == "cuda" else "")))
-        return placement, at_once
+        return room_for(self.recipe, self.tuning, self.connect().resources)
 
     def eligible(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
         """A trial that was stopped has no model of its own when folds are what is compared."""
@@ -233,7 +234,7 @@ class TuneStage:
             return ModelRecord.model_validate(values)
         self.report(Event("tune", message=f"training the model of trial {winner.number}"))
         stop = None if recipe.training.folds else lambda position, scores: position.epoch < winner.epochs
-        engine = OnRay(self.connect, self.report, stop)
+        engine = OnRay(self.connect, self.report, stop, self._room()[0])  # other threads would round otherwise
         stage = TrainStage(recipe, self.storage, engine, self.report, lambda _: np.empty(0))
         model = stage.train(dataset, train_key(recipe, dataset), winner.location)
         self.storage.write_json(f"{winner.location}/{RECORD}", model.model_dump(mode="json"))
@@ -310,7 +311,7 @@ class Shown:
         self.ended_now += 1
         trial = TrialRecord(
             number=asked.number, state=measured.state, parameters=asked.point, metrics=measured.metrics,
-            violations=tuple(self.study.violations(measured)), epochs=measured.epochs, seconds=measured.seconds,
+            violations=tuple(self.study.violations(measured).values()), epochs=measured.epochs, seconds=measured.seconds,
             location=measured.location or self.trials.location_of(asked.number), error=measured.error,
             kind=measured.kind, is_default=asked.point == self.default,
         )  # fmt: skip
@@ -351,6 +352,12 @@ class Shown:
 
 def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _told(placement: Placement, at_once: int) -> str:
+    workers = f"{placement.workers} workers each" if placement.workers > 1 else "one worker each"
+    told = f"{at_once} trials at a time, {workers}, {placement.cpus_per_worker:g} CPUs per worker"
+    return told + (" and a GPU" if placement.device == "cuda" else "")
 
 
 def usual_space(recipe: Recipe) -> dict[str, Dimension]:

@@ -56,8 +56,12 @@ class OnRay:
     """Called when Ray is needed, and not before a mistake in the recipe has been found."""
     report: Report
     go_on: GoOn | None = None
+    placement: Placement | None = None
+    """Of each run, one at a time; None: as there is room for."""
 
     def place(self, training: Training, runs: int) -> tuple[Placement, int]:
+        if self.placement:
+            return self.placement, 1
         return place_runs(training, self.connect().resources, runs)
 
     def fit(self, jobs: Mapping[str, TrainJob], placement: Placement, at_once: int) -> Iterator[str]:

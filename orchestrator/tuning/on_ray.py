@@ -27,6 +27,7 @@ from orchestrator.tuning.schedulers import EPOCH, VALUE, make_scheduler, remembe
 from orchestrator.tuning.study import Asked, Study
 
 _MEASURED = "measured"
+_NEXT_TO_NOTHING = 0.001
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run's own metrics are what people look at
     "TUNE_GLOBAL_CHECKPOINT_S": "100000000",  # Tune's state is not needed: the study is
@@ -84,9 +85,7 @@ def search(
     searcher = _Searcher(study, budget, watcher or Watcher())
     with _quiet(), _environment():
         tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(_Trial, run_trial=run_trial), {"CPU": room.cpus, "GPU": room.gpus}
-            ),
+            tune.with_resources(tune.with_parameters(_Trial, run_trial=run_trial), _request(room)),
             tune_config=tune.TuneConfig(
                 search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True,
                 max_concurrent_trials=room.concurrency, trial_dirname_creator=lambda trial: trial.trial_id,
@@ -100,6 +99,11 @@ def search(
         tuner.fit()
     if searcher.broken:
         raise searcher.broken
+
+
+def _request(room: Room) -> tune.PlacementGroupFactory:
+    """Tune wants something to be asked for."""
+    return tune.PlacementGroupFactory([{"CPU": room.cpus or _NEXT_TO_NOTHING, "GPU": room.gpus}])
 
 
 class _Searcher(Searcher):

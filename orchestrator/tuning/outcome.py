@@ -18,7 +18,6 @@ from optuna.trial import FrozenTrial, TrialState
 from orchestrator.errors import TuningFailed
 from orchestrator.recipe_tuning import Tuning
 from orchestrator.records import TrialRecord
-from orchestrator.tuning.samplers import CONSTRAINTS
 from orchestrator.tuning.space import Space, told
 from orchestrator.tuning.study import (
     DEFAULT,
@@ -50,7 +49,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         parameters=known[POINT],
         metrics=known.get(METRICS, {}),
         history=tuple((epoch + 1, value) for epoch, value in sorted(trial.intermediate_values.items())),
-        violations=tuple(known.get(CONSTRAINTS, ())), epochs=known.get(EPOCHS, 0), seconds=known.get(SECONDS, 0.0),
+        violations=tuple(trial.constraints.values()), epochs=known.get(EPOCHS, 0), seconds=known.get(SECONDS, 0.0),
         started=known.get(STARTED, 0.0), location=known.get(LOCATION, ""), error=known.get(ERROR, ""), kind=known.get(KIND, ""),
         is_default=known.get(DEFAULT, False),
     )  # fmt: skip
@@ -155,7 +154,8 @@ def importances(trials: Sequence[TrialRecord], space: Space, objective: str, *, 
     known = [trial for trial in candidates(trials, [objective]) if trial.parameters]
     common = [p.path for p in space.parameters if all(p.path in trial.parameters for trial in known)]
     varied = [path for path in common if len({repr(trial.parameters[path]) for trial in known}) > 1]
-    if len(known) < _FEWEST_FOR_IMPORTANCES or not varied:
+    values = {trial.metrics[objective] for trial in known}
+    if len(known) < _FEWEST_FOR_IMPORTANCES or not varied or len(values) == 1:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,20 +7,17 @@ the trial's number, everything else from the trials before it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
 
 from orchestrator.errors import UserError
 from orchestrator.recipe_tuning import Tuning
 from orchestrator.tuning.space import Space
 
-CONSTRAINTS = "constraints"
-"""A trial's user attribute: how far it is outside of each constraint; at most 0 is inside."""
 _GENERATION = 20
 """Trials per generation of nsga2: studies here have tens to hundreds of trials, not thousands."""
 
@@ -32,64 +29,54 @@ def make_sampler(tuning: Tuning, space: Space, seed: int, number: int) -> BaseSa
         UserError: it needs a package that is not installed.
     """
     mine = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint32)[0])
-    limits = _violations if tuning.constraints else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return _MAKERS[tuning.sampler](tuning, space, seed, mine, limits)
+        return _MAKERS[tuning.sampler](tuning, space, seed, mine)
 
 
-Limits = Callable[[FrozenTrial], Sequence[float]] | None
-
-
-def _tpe(tuning: Tuning, space: Space, seed: int, mine: int, limits: Limits) -> BaseSampler:
+def _tpe(tuning: Tuning, space: Space, seed: int, mine: int) -> BaseSampler:
     return optuna.samplers.TPESampler(
         n_startup_trials=tuning.startup_trials, seed=mine, multivariate=True, group=space.is_conditional,
-        constant_liar=True, constraints_func=limits,
+        constant_liar=True,
     )  # fmt: skip
 
 
-def _gp(tuning: Tuning, space: Space, seed: int, mine: int, limits: Limits) -> BaseSampler:
+def _gp(tuning: Tuning, space: Space, seed: int, mine: int) -> BaseSampler:
     _need("scipy", "gp")
     return optuna.samplers.GPSampler(
-        n_startup_trials=tuning.startup_trials, seed=mine, independent_sampler=_random(tuning, space, seed, mine, None),
-        constraints_func=limits, warn_independent_sampling=False,
-    )  # fmt: skip
-
-
-def _cmaes(tuning: Tuning, space: Space, seed: int, mine: int, limits: Limits) -> BaseSampler:
-    _need("cmaes", "cmaes")
-    return optuna.samplers.CmaEsSampler(
-        seed=mine, independent_sampler=_random(tuning, space, seed, mine, None), warn_independent_sampling=False
-    )
-
-
-def _nsga2(tuning: Tuning, space: Space, seed: int, mine: int, limits: Limits) -> BaseSampler:
-    return optuna.samplers.NSGAIISampler(population_size=_GENERATION, seed=mine, constraints_func=limits)
-
-
-def _random(tuning: Tuning, space: Space, seed: int, mine: int, limits: Limits) -> BaseSampler:
-    return optuna.samplers.RandomSampler(seed=mine)
-
-
-def _qmc(tuning: Tuning, space: Space, seed: int, mine: int, limits: Limits) -> BaseSampler:
-    """One scrambled sequence for the whole study: its seed is the study's."""
-    _need("scipy", "qmc")
-    return optuna.samplers.QMCSampler(
-        scramble=True, seed=seed, independent_sampler=_random(tuning, space, seed, mine, None),
+        n_startup_trials=tuning.startup_trials, seed=mine, independent_sampler=_random(tuning, space, seed, mine),
         warn_independent_sampling=False,
     )  # fmt: skip
 
 
-_MAKERS: dict[str, Callable[[Tuning, Space, int, int, Limits], BaseSampler]] = {
+def _cmaes(tuning: Tuning, space: Space, seed: int, mine: int) -> BaseSampler:
+    _need("cmaes", "cmaes")
+    return optuna.samplers.CmaEsSampler(
+        seed=mine, independent_sampler=_random(tuning, space, seed, mine), warn_independent_sampling=False
+    )
+
+
+def _nsga2(tuning: Tuning, space: Space, seed: int, mine: int) -> BaseSampler:
+    return optuna.samplers.NSGAIISampler(population_size=_GENERATION, seed=mine)
+
+
+def _random(tuning: Tuning, space: Space, seed: int, mine: int) -> BaseSampler:
+    return optuna.samplers.RandomSampler(seed=mine)
+
+
+def _qmc(tuning: Tuning, space: Space, seed: int, mine: int) -> BaseSampler:
+    """One scrambled sequence for the whole study: its seed is the study's."""
+    _need("scipy", "qmc")
+    return optuna.samplers.QMCSampler(
+        scramble=True, seed=seed, independent_sampler=_random(tuning, space, seed, mine),
+        warn_independent_sampling=False,
+    )  # fmt: skip
+
+
+_MAKERS: dict[str, Callable[[Tuning, Space, int, int], BaseSampler]] = {
     "tpe": _tpe, "gp": _gp, "cmaes": _cmaes, "nsga2": _nsga2, "random": _random, "qmc": _qmc,
     "grid": _random,  # its points are all set beforehand
 }  # fmt: skip
-
-
-def _violations(trial: FrozenTrial) -> Sequence[float]:
-    """Of a trial that was not measured to its end, none is known."""
-    found: Sequence[float] = trial.user_attrs.get(CONSTRAINTS) or (0.0,)
-    return found
 
 
 def _need(package: str, sampler: str) -> Any:

@@ -20,7 +20,7 @@ from orchestrator.errors import ModelNotFound, UserError
 from orchestrator.recipe_tuning import MAXIMIZED, Tuning
 from orchestrator.storage import STUDIES_DATABASE, Storage
 from orchestrator.tuning.measured import Measured
-from orchestrator.tuning.samplers import CONSTRAINTS, make_sampler
+from orchestrator.tuning.samplers import make_sampler
 from orchestrator.tuning.space import Point, Space
 
 _BUSY_TIMEOUT_S = 60.0
@@ -125,8 +125,8 @@ class Study:
             METRICS: measured.metrics, SECONDS: measured.seconds, EPOCHS: measured.epochs,
             **({LOCATION: measured.location} if measured.location else {}),
             **({ERROR: measured.error, KIND: measured.kind} if measured.state == "failed" else {}),
-            CONSTRAINTS: self.violations(measured),
         })  # fmt: skip
+        self._constrain(number, measured)
         # What the sampler keeps of a trial is written by the one that chose it.
         self.inner.sampler = make_sampler(self.tuning, self.space, self.seed, number)
         if measured.state == "failed":
@@ -138,14 +138,22 @@ class Study:
         else:
             self.inner.tell(number, [measured.metrics[name] for name in self.objectives])
 
-    def violations(self, measured: Measured) -> list[float]:
-        """Per bound, by how much of it the trial is outside; a trial without the measurement is not known to be."""
-        found = []
+    def _constrain(self, number: int, measured: Measured) -> None:
+        trial = optuna.Trial(self.inner, self._id(number))
+        known = self.storage.get_trial(self._id(number)).constraints  # a kill may have come between this and the end
+        for name, violation in self.violations(measured).items():
+            if name not in known:
+                trial.set_constraint(name, violation)
+
+    def violations(self, measured: Measured) -> dict[str, float]:
+        """Bound -> by how much of it the trial is outside; at most 0 is inside. Without the measurement it is not known."""
+        found = {}
         for metric, bound in self.tuning.constraints.items():
             value = measured.metrics.get(metric)
-            for limit, sign in ((bound.at_most, 1.0), (bound.at_least, -1.0)):
+            for word, limit, sign in (("at most", bound.at_most, 1.0), ("at least", bound.at_least, -1.0)):
                 if limit is not None:
-                    found.append(0.0 if value is None else sign * (value - limit) / (abs(limit) or 1.0))
+                    outside = 0.0 if value is None else sign * (value - limit) / (abs(limit) or 1.0)
+                    found[f"{metric} {word}"] = outside
         return found
 
     def learn_from(self, names: Sequence[str]) -> int:
@@ -178,7 +186,7 @@ class Study:
             self.inner.add_trial(optuna.create_trial(
                 params=self.space.encode(trial.user_attrs[POINT]), values=trial.values,
                 distributions=self.space.distributions(trial.user_attrs[POINT]),
-                user_attrs={"from": f"{name} {trial.number}", CONSTRAINTS: trial.user_attrs.get(CONSTRAINTS, [])},
+                user_attrs={"from": f"{name} {trial.number}"}, constraints=trial.constraints,
             ))  # fmt: skip
             copied += 1
         return copied

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import descendants, wait_for_end
 from running import last_step, lines_of, recipe_text, training_processes
 
 from orchestrator.storage import sha256_file
@@ -36,36 +37,6 @@ def finish(process: subprocess.Popen[str]) -> dict[str, object]:
 
 def reached(storage: Path) -> int:
     return max((last_step(run) for run in storage.glob("train/*")), default=0)
-
-
-def descendants(pid: int) -> set[int]:
-    """Its children, their children and so on."""
-    children: dict[int, list[int]] = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):  # it has ended
-            continue
-        children.setdefault(parent, []).append(int(process.name))
-    found, waiting = set[int](), [pid]
-    while waiting:
-        waiting += (below := children.get(waiting.pop(), []))
-        found |= set(below)
-    return found
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for_end(pids: set[int], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while left := [pid for pid in pids if is_running(pid)]:
-        assert time.monotonic() < deadline, f"still there after {timeout_s:g} s: {left}"
-        time.sleep(0.2)
 
 
 def interrupt(recipe: Path, storage: Path, how: signal.Signals) -> tuple[int, str, set[int]]:
