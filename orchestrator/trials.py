@@ -7,11 +7,9 @@ workers has them started by Ray Train. Called again after a kill, it goes on fro
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,7 +20,7 @@ from orchestrator.progress import ignore
 from orchestrator.recipe import Recipe, Training
 from orchestrator.records import CrossValidation, DatasetRecord, ModelRecord
 from orchestrator.session import Resources, Session
-from orchestrator.storage import DATASET, RECORD, TRIALS, Storage, part_location
+from orchestrator.storage import DATASET, RECORD, SCRATCH, TRIALS, Storage, part_location
 from orchestrator.training.folds import cross_validation, fold_runs, fold_sizes
 from orchestrator.training.here import Here
 from orchestrator.training.placement import Placement
@@ -57,19 +55,18 @@ class Trials:
         return part_location(self.location, TRIALS, number)
 
     def __call__(self, number: int, point: Point, go_on: GoOn) -> Measured:
-        with tempfile.TemporaryDirectory(prefix="trial-") as scratch:
-            trial = _Trial(self, recipe_with(self.recipe, point), self.location_of(number), go_on, Path(scratch))
-            try:
-                return trial.measured()
-            except OrchestratorError as error:
-                return trial.failed(error)
+        trial = _Trial(self, recipe_with(self.recipe, point), self.location_of(number), go_on)
+        try:
+            return trial.measured()
+        except OrchestratorError as error:
+            return trial.failed(error)
 
 
 class _Trial:
     """One of them, under way."""
 
-    def __init__(self, study: Trials, recipe: Recipe, run: str, go_on: GoOn, scratch: Path) -> None:
-        self.study, self.recipe, self.run, self.go_on, self.scratch = study, recipe, run, go_on, scratch
+    def __init__(self, study: Trials, recipe: Recipe, run: str, go_on: GoOn) -> None:
+        self.study, self.recipe, self.run, self.go_on = study, recipe, run, go_on
         self.storage, self.started = Storage(recipe.storage), time.monotonic()
         values = self.storage.read_json(f"{run}/{DATASET}")  # encoded for another model than the recipe's
         self.dataset = study.dataset if values is None else DatasetRecord.model_validate(values)
@@ -130,7 +127,8 @@ class _Trial:
         """Several processes, started from within this one, which is on Ray already."""
         from orchestrator.training.on_ray import OnRay
 
-        session = Session(os.environ.get("RAY_ADDRESS", ""), Resources(0, 0, 0, 0, 0), self.scratch, is_private=False)
+        scratch = self.storage.path(f"{self.run}/{SCRATCH}")  # not a temporary folder: nobody would clear it after a kill
+        session = Session(os.environ.get("RAY_ADDRESS", ""), Resources(0, 0, 0, 0, 0), scratch, is_private=False)
         return OnRay(lambda: session, ignore, ask, self.study.placement)
 
     def _ask_after_epoch(self, position: Position, scores: dict[str, float]) -> bool:

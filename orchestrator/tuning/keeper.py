@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 from orchestrator.recipe_tuning import MAXIMIZED
 from orchestrator.records import TrialRecord
-from orchestrator.storage import BEST, CHECKPOINTS, FOLDS, MEMBERS, MODEL, Storage
+from orchestrator.storage import BEST, CHECKPOINTS, FOLDS, MEMBERS, MODEL, SCRATCH, Storage
 from orchestrator.tuning.outcome import candidates, front, is_inside
 from orchestrator.tuning.study import Study
 
-_HEAVY = (MODEL, BEST, CHECKPOINTS, FOLDS, MEMBERS)
+_HEAVY = (MODEL, BEST, CHECKPOINTS, FOLDS, MEMBERS, SCRATCH)
 _LATE = 64
 """So many stopped trials are looked at again."""
 

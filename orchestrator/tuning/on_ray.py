@@ -27,7 +27,6 @@ from orchestrator.tuning.schedulers import EPOCH, VALUE, make_scheduler, remembe
 from orchestrator.tuning.study import Asked, Study
 
 _MEASURED = "measured"
-_NEXT_TO_NOTHING = 0.001
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run's own metrics are what people look at
     "TUNE_GLOBAL_CHECKPOINT_S": "100000000",  # Tune's state is not needed: the study is
@@ -102,8 +101,8 @@ def search(
 
 
 def _request(room: Room) -> tune.PlacementGroupFactory:
-    """Tune wants something to be asked for."""
-    return tune.PlacementGroupFactory([{"CPU": room.cpus or _NEXT_TO_NOTHING, "GPU": room.gpus}])
+    """Tune wants something to be asked for: a byte, where the trial's own workers take all the rest."""
+    return tune.PlacementGroupFactory([{"CPU": room.cpus, "GPU": room.gpus} if room.cpus else {"memory": 1}])
 
 
 class _Searcher(Searcher):
