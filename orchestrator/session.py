@@ -13,6 +13,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ _UNWATCHED = {
 }
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024
 _LONGEST_SCRATCH_ROOT = 24
+_LEAVING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,30 @@ def _private(scratch: Path) -> Iterator[Session]:
             yield Session(gcs, _resources(ray), scratch, is_private=True, token_path=str(token_path))
         finally:
             ray.shutdown()
+            _end_what_is_left(token_path)
+
+
+def _end_what_is_left(token_path: Path) -> None:
+    """A process of Ray now and then hangs while it exits, and would stay for ever. Ours have our token in their environment."""
+    deadline = time.monotonic() + _LEAVING_S
+    while left := _workers_with(f"RAY_AUTH_TOKEN_PATH={token_path}".encode()):
+        if time.monotonic() > deadline:
+            for pid in left:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.1)
+
+
+def _workers_with(variable: bytes) -> list[int]:
+    """Pids of Ray's workers that were started with it; none where there is no /proc."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or is not ours to read
+            is_worker = (process / "cmdline").read_bytes().startswith(b"ray::")
+            if is_worker and variable in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
 
 
 @contextlib.contextmanager

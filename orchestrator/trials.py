@@ -127,7 +127,9 @@ class _Trial:
         """Several processes, started from within this one, which is on Ray already."""
         from orchestrator.training.on_ray import OnRay
 
-        scratch = self.storage.path(f"{self.run}/{SCRATCH}")  # not a temporary folder: nobody would clear it after a kill
+        scratch = self.storage.path(
+            f"{self.run}/{SCRATCH}"
+        )  # not a temporary folder: nobody would clear it after a kill
         session = Session(os.environ.get("RAY_ADDRESS", ""), Resources(0, 0, 0, 0, 0), scratch, is_private=False)
         return OnRay(lambda: session, ignore, ask, self.study.placement)
 

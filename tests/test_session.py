@@ -67,3 +67,31 @@ print("well")
     environment.pop("RAY_ADDRESS", None)
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert ran.stdout.splitlines()[-1:] == ["well"], ran.stderr[-3000:]
+
+
+@pytest.mark.ray
+def test_a_worker_that_hangs_while_it_exits_does_not_stay(tmp_path: Path) -> None:
+    """Ray has forgotten it by then."""
+    script = """
+import atexit, os, time
+from orchestrator.session import connect
+
+with connect():
+    import ray
+
+    class Hanging:
+        def process(self):
+            atexit.register(time.sleep, 300)
+            return os.getpid()
+
+    actor = ray.remote(Hanging).remote()
+    pid = ray.get(actor.process.remote())
+    actor.__ray_terminate__.remote()
+    time.sleep(2)
+    assert os.path.exists(f"/proc/{pid}"), "it hangs"
+time.sleep(3)
+print("gone" if not os.path.exists(f"/proc/{pid}") else pid)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.splitlines()[-1:] == ["gone"], ran.stderr[-3000:]

@@ -1,0 +1,93 @@
+"""A study that is killed at any moment, and started again, ends as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import descendants, wait_for_end
+from studying import Studying, recipe_text
+
+from orchestrator.records import TrialRecord
+from orchestrator.storage import STUDIES_DATABASE, sha256_file
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent.parent
+TRIALS = 10
+
+
+def start(recipe: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "orchestrator.cli", "tune", str(recipe), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, object]:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    record: dict[str, object] = json.loads(out.splitlines()[-1])
+    return record
+
+
+def begun(study: Studying) -> int:
+    """Trials in the database, without opening it for writing."""
+    try:
+        with sqlite3.connect(f"file:{study.folder(STUDIES_DATABASE)}?mode=ro", uri=True) as database:
+            count: int = database.execute("select count(*) from trials").fetchone()[0]
+        return count
+    except sqlite3.OperationalError:  # it is not there yet
+        return 0
+
+
+def kill_when_begun(recipe: Path, trials: int, study: Studying) -> set[int]:
+    """SIGKILL to the command at some moment after its trial of this number has begun. Returns the processes it had."""
+    process = start(recipe)
+    while begun(study) < trials:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.05)
+    time.sleep(random.SystemRandom().uniform(0.0, 1.5))
+    family = descendants(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and begun(study) < TRIALS, "it was killed in the midst"
+    return family
+
+
+def told(trials: list[TrialRecord]) -> list[tuple[object, ...]]:
+    """Everything but times and places."""
+    return [
+        (t.number, t.state, t.parameters, {k: v for k, v in t.metrics.items() if k != "seconds"}, t.history, t.epochs)
+        for t in trials
+    ]
+
+
+def test_a_study_killed_at_three_moments_ends_as_the_one_nobody_touched(
+    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    tuning = f"trials: {TRIALS}, startup_trials: 3, concurrency: 1, reduction: 2, objectives: {{minimize: loss}}"
+    studies, records = {}, {}
+    for name in ("whole", "killed"):
+        text = recipe_text(reviews_csv, tiny_backbone, tmp_path / name, tuning, "best_metric: loss")
+        text = text.replace("epochs: 3", "epochs: 12")
+        (tmp_path / f"{name}.yaml").write_text(text)
+        studies[name] = Studying(text, None)
+        studies[name].dataset()
+    records["whole"] = finish(start(tmp_path / "whole.yaml"))
+    families = [kill_when_begun(tmp_path / "killed.yaml", at, studies["killed"]) for at in (2, 4, 6)]
+    records["killed"] = finish(start(tmp_path / "killed.yaml"))
+    untouched, killed = (told(studies[name].trials()) for name in ("whole", "killed"))
+    assert killed == untouched
+    assert {state for _, state, *_ in untouched} == {"complete", "pruned"}, "the scheduler had a say"
+    weights = [
+        sha256_file(studies[name].folder(str(records[name]["model"]["model_location"])) / "model.safetensors")  # type: ignore[index]
+        for name in ("whole", "killed")
+    ]
+    assert weights[0] == weights[1]
+    for family in families:
+        wait_for_end(family, timeout_s=60)
