@@ -13,6 +13,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from orchestrator.tuning.schedulers import EPOCH, VALUE, make_scheduler, remembe
 from orchestrator.tuning.study import Asked, Study
 
 _MEASURED = "measured"
+_POLL_S = 0.5
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run's own metrics are what people look at
     "TUNE_GLOBAL_CHECKPOINT_S": "100000000",  # Tune's state is not needed: the study is
@@ -49,7 +52,7 @@ class Room:
 
 @dataclass
 class Watcher:
-    """What the one who called wants to know; called in the thread that called ``search``."""
+    """What the one who called wants to know; called in a thread of its own."""
 
     begun: Callable[[Asked], None] = lambda asked: None
     epoch: Callable[[Asked, int, Measured], None] = lambda asked, epoch, measured: None
@@ -95,9 +98,27 @@ def search(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )  # fmt: skip
-        tuner.fit()
+        _leave_at_once_when_interrupted(tuner.fit)
     if searcher.broken:
         raise searcher.broken
+
+
+def _leave_at_once_when_interrupted(run: Callable[[], object]) -> None:
+    """Interrupted itself, Tune would end its trials as if the scheduler had stopped them. Its thread ends with the process,
+    and the trials end with Ray, in the midst of what they do."""
+    done = Future[None]()
+
+    def wait() -> None:
+        try:
+            run()
+            done.set_result(None)
+        except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
+            done.set_exception(error)
+
+    threading.Thread(target=wait, name="search", daemon=True).start()
+    while not wait_for([done], timeout=_POLL_S).done:
+        pass  # signals are seen between two waits
+    done.result()
 
 
 def _request(room: Room) -> tune.PlacementGroupFactory:
@@ -113,7 +134,6 @@ class _Searcher(Searcher):
         self.study, self.budget, self.watcher = study, budget, watcher
         self.waiting = study.unfinished()
         self.running: dict[str, Asked] = {}
-        self.last: dict[str, Measured] = {}
         self.losses: dict[int, int] = {}
         self.broken: BaseException | None = None
 
@@ -142,29 +162,29 @@ class _Searcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         with self._first_error():
             if _MEASURED in result and not result.get("done"):
-                asked, measured = self.running[trial_id], result[_MEASURED]
-                self.last[trial_id] = measured
-                if self.study.is_single:
-                    self.study.report(asked.number, result[EPOCH] - 1, result[VALUE])
-                self.watcher.epoch(asked, result[EPOCH], measured)
+                self._note_epoch(self.running[trial_id], result)
+
+    def _note_epoch(self, asked: Asked, result: dict[str, Any]) -> None:
+        if self.study.is_single:
+            self.study.report(asked.number, result[EPOCH] - 1, result[VALUE])
+        self.watcher.epoch(asked, result[EPOCH], result[_MEASURED])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if error:
             return  # _Losses says why
-        asked, last = self.running.pop(trial_id, None), self.last.pop(trial_id, None)
-        if asked is None:
-            return
+        asked = self.running.pop(trial_id, None)
+        if asked is None or not result or _MEASURED not in result:
+            return  # it was stopped before its first epoch was over: the next search goes on with it
         with self._first_error():
-            if result and result.get("done") and _MEASURED in result and result[_MEASURED] is not last:
+            if VALUE in result:  # an epoch's result, which was not shown to on_trial_result: the scheduler said stop
+                self._note_epoch(asked, result)
+                self._end(asked, replace(result[_MEASURED], state="pruned"))
+            else:
                 self._end(asked, result[_MEASURED])
-            elif last is not None:
-                self._end(asked, replace(last, state="pruned"))
-            # Else it was stopped before its first epoch was over: the next search goes on with it.
 
     def lost(self, trial_id: str, error: str) -> None:
         """The trial's process is gone, or could not begin."""
         asked = self.running.pop(trial_id)
-        self.last.pop(trial_id, None)
         self.losses[asked.number] = self.losses.get(asked.number, 0) + 1
         with self._first_error():
             if self.losses[asked.number] <= self.budget.max_failures:

@@ -45,17 +45,21 @@ def begun(study: Studying) -> int:
         return 0
 
 
-def kill_when_begun(recipe: Path, trials: int, study: Studying) -> set[int]:
-    """SIGKILL to the command at some moment after its trial of this number has begun. Returns the processes it had."""
+def end_when_begun(recipe: Path, trials: int, how: signal.Signals, study: Studying) -> set[int]:
+    """A signal to the command at some moment after its trial of this number has begun. Returns the processes it had."""
     process = start(recipe)
     while begun(study) < trials:
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.05)
     time.sleep(random.SystemRandom().uniform(0.0, 1.5))
     family = descendants(process.pid)
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL and begun(study) < TRIALS, "it was killed in the midst"
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[1]
+    assert begun(study) < TRIALS, "it was ended in the midst"
+    if how is signal.SIGTERM:
+        assert (
+            said.splitlines()[-1] == "error: terminated; the same command goes on from here" and "Traceback" not in said
+        )
     return family
 
 
@@ -67,7 +71,7 @@ def told(trials: list[TrialRecord]) -> list[tuple[object, ...]]:
     ]
 
 
-def test_a_study_killed_at_three_moments_ends_as_the_one_nobody_touched(
+def test_a_study_ended_at_three_moments_ends_as_the_one_nobody_touched(
     reviews_csv: Path, tiny_backbone: Path, tmp_path: Path
 ) -> None:
     tuning = f"trials: {TRIALS}, startup_trials: 3, concurrency: 1, reduction: 2, objectives: {{minimize: loss}}"
@@ -79,7 +83,10 @@ def test_a_study_killed_at_three_moments_ends_as_the_one_nobody_touched(
         studies[name] = Studying(text, None)
         studies[name].dataset()
     records["whole"] = finish(start(tmp_path / "whole.yaml"))
-    families = [kill_when_begun(tmp_path / "killed.yaml", at, studies["killed"]) for at in (2, 4, 6)]
+    families = [
+        end_when_begun(tmp_path / "killed.yaml", at, how, studies["killed"])
+        for at, how in ((2, signal.SIGKILL), (4, signal.SIGTERM), (6, signal.SIGKILL))
+    ]
     records["killed"] = finish(start(tmp_path / "killed.yaml"))
     untouched, killed = (told(studies[name].trials()) for name in ("whole", "killed"))
     assert killed == untouched
