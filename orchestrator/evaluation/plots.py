@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
-import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
-from cycler import cycler
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from orchestrator.evaluation.metrics import CALIBRATION_BINS, roc_curve
+from orchestrator.page import COLORS, FAINT, figure, short, svg
 
-_INK, _FAINT = "#010203", "#040506"
-"""Stand-ins in matplotlib's output for the page's own colours, which follow light and dark mode."""
-_COLORS = ("#3b6fd4", "#d9663b", "#2f9e6e", "#a457c7", "#c79a1e", "#d1477a", "#3aa3b5", "#7a6a58", "#6c78e0", "#8aa32f")
-_STYLE = {
-    "svg.hashsalt": "report", "text.parse_math": False, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _FAINT, "axes.labelcolor": _INK,
-    "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.grid": True, "grid.color": _FAINT,
-    "grid.alpha": 0.25, "legend.frameon": False, "axes.prop_cycle": None,
-}  # fmt: skip
 MAX_CURVES = 10
 MAX_CONFUSION_CLASSES = 25
 
 
 def roc(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]) -> str:
     """One-vs-rest ROC curves of the most frequent classes (of two classes, the second's alone)."""
-    with _figure() as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle=":")
+    with figure() as (drawn, axes):
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=":")
         curves: list[Line2D] = []
         shown = [1] if len(names) == 2 else np.argsort(-np.bincount(labels, minlength=len(names)))[:MAX_CURVES]
-        for color, c in zip(_COLORS, shown, strict=False):
+        for color, c in zip(COLORS, shown, strict=False):
             false_rate, true_rate = roc_curve(labels == c, probabilities[:, c])
             curves += axes.plot(false_rate, true_rate, color=color)
         axes.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(-0.01, 1), ylim=(0, 1.01))
-        axes.legend(curves, [_short(names[c]) for c in shown], loc="lower right")
-        return _svg(figure)
+        axes.legend(curves, [short(names[c]) for c in shown], loc="lower right")
+        return svg(drawn)
 
 
 def calibration(labels: np.ndarray, probabilities: np.ndarray) -> str:
@@ -52,15 +35,15 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray) -> str:
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     counts = np.bincount(bins, minlength=CALIBRATION_BINS)
     filled = counts > 0
-    with _figure() as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle=":")
+    with figure() as (drawn, axes):
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=":")
         centres = (np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS
-        axes.bar(centres, counts / counts.max() * 0.25, width=0.9 / CALIBRATION_BINS, color=_FAINT, alpha=0.35)
+        axes.bar(centres, counts / counts.max() * 0.25, width=0.9 / CALIBRATION_BINS, color=FAINT, alpha=0.35)
         mean_confidence = np.bincount(bins, confidence, CALIBRATION_BINS)[filled] / counts[filled]
         accuracy = np.bincount(bins, correct, CALIBRATION_BINS)[filled] / counts[filled]
-        axes.plot(mean_confidence, accuracy, color=_COLORS[0], marker="o", markersize=4)
+        axes.plot(mean_confidence, accuracy, color=COLORS[0], marker="o", markersize=4)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.01), ylim=(0, 1.01))
-        return _svg(figure)
+        return svg(drawn)
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str]) -> str:
@@ -69,34 +52,34 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> str:
     part = matrix[np.ix_(shown, shown)]
     shares = part / np.maximum(matrix.sum(axis=1)[shown, None], 1)
     side = 2.4 + 0.28 * len(shown)
-    with _figure(side + 0.6, side) as (figure, axes):
+    with figure(side + 0.6, side) as (drawn, axes):
         axes.grid(visible=False)
         for (row, column), share in np.ndenumerate(shares):
-            color = _COLORS[0] if row == column else _COLORS[1]
+            color = COLORS[0] if row == column else COLORS[1]
             axes.add_patch(_square(column, row, color, float(share)))
             if part[row, column]:
                 axes.text(column, row, str(part[row, column]), ha="center", va="center", fontsize=8)
         ticks = range(len(shown))
-        axes.set_xticks(ticks, [_short(names[c]) for c in shown], rotation=0 if len(shown) <= 6 else 90)
-        axes.set_yticks(ticks, [_short(names[c]) for c in shown])
+        axes.set_xticks(ticks, [short(names[c]) for c in shown], rotation=0 if len(shown) <= 6 else 90)
+        axes.set_yticks(ticks, [short(names[c]) for c in shown])
         axes.set(xlim=(-0.5, len(shown) - 0.5), ylim=(len(shown) - 0.5, -0.5), xlabel="predicted", ylabel="true")
         axes.set_aspect("equal")
-        return _svg(figure)
+        return svg(drawn)
 
 
 def training_curves(steps: Sequence[int], losses: Sequence[float], epochs: Sequence[tuple[int, float, float]]) -> str:
     """Loss of each step (smoothed over it), and at each epoch's end (step, validation loss, best metric's value)."""
-    with _figure() as (figure, axes):
+    with figure() as (drawn, axes):
         if steps:
-            axes.plot(steps, losses, color=_FAINT, linewidth=0.8, alpha=0.5)
-            axes.plot(steps, _smooth(np.array(losses)), color=_COLORS[0], label="training loss")
-        axes.plot([s for s, _, _ in epochs], [v for _, v, _ in epochs], color=_COLORS[1], marker="o", markersize=4,
+            axes.plot(steps, losses, color=FAINT, linewidth=0.8, alpha=0.5)
+            axes.plot(steps, _smooth(np.array(losses)), color=COLORS[0], label="training loss")
+        axes.plot([s for s, _, _ in epochs], [v for _, v, _ in epochs], color=COLORS[1], marker="o", markersize=4,
                   label="validation loss")  # fmt: skip
-        axes.plot([s for s, _, _ in epochs], [v for _, _, v in epochs], color=_COLORS[2], marker="s", markersize=4,
+        axes.plot([s for s, _, _ in epochs], [v for _, _, v in epochs], color=COLORS[2], marker="s", markersize=4,
                   label="validation metric")  # fmt: skip
         axes.set(xlabel="step", ylim=(0, None))
         axes.legend(loc="best")
-        return _svg(figure)
+        return svg(drawn)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -110,26 +93,3 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _square(x: int, y: int, color: str, share: float) -> Patch:
     return Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=color, alpha=0.08 + 0.72 * share, linewidth=0)
-
-
-@contextlib.contextmanager
-def _figure(width: float = 3.6, height: float = 3.0) -> Iterator[tuple[Figure, Axes]]:
-    """A figure in the report's style; never through pyplot, which keeps global state."""
-    with mpl.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_COLORS)}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the letters, with its own fonts
-        figure = Figure((width, height), layout="constrained")
-        yield figure, figure.add_subplot()
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
-    text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*"', r"\1\2", text, count=1)
-    prefix = f"p{zlib.crc32(text.encode()):x}-"  # ids must not collide with those of the page's other plots
-    return re.sub(r'(id="|xlink:href="#|url\(#)', lambda match: match.group(1) + prefix, text)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else name[:15] + "…"

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from orchestrator.evaluation import plots
 from orchestrator.evaluation.scores import confident_mistakes
+from orchestrator.page import render
 from orchestrator.records import DatasetRecord, EvaluationRecord, Interval, ModelRecord
 
-_TEMPLATE = "report.html"
+_TEMPLATE = Path(__file__).with_name("report.html")
 _HEADLINES = (
     ("accuracy", "accuracy"), ("macro_f1", "macro F1"), ("roc_auc", "ROC AUC"), ("log_loss", "log loss"),
     ("calibration_error", "calibration error"),
@@ -47,16 +47,14 @@ def write_report(
     step_losses: Sequence[tuple[int, float]], mistakes: int,
 ) -> None:  # fmt: skip
     """Render the page. ``step_losses``: (step, training loss); ``mistakes``: how many to show at most."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    environment.filters |= {"interval": _interval, "number": _number}
-    page = environment.get_template(_TEMPLATE).render(
-        evaluation=evaluation, model=model, dataset=dataset,
-        headlines=[(title, evaluation.metrics[name]) for name, title in _HEADLINES if name in evaluation.metrics],
-        plots=_plots(evaluation, model, dataset, rows, step_losses),
-        mistakes=_mistakes(dataset, rows, mistakes),
-        max_curves=plots.MAX_CURVES, max_confusion=plots.MAX_CONFUSION_CLASSES,
-    )  # fmt: skip
-    path.write_text(page, encoding="utf-8")
+    values = {
+        "evaluation": evaluation, "model": model, "dataset": dataset,
+        "headlines": [(title, evaluation.metrics[name]) for name, title in _HEADLINES if name in evaluation.metrics],
+        "plots": _plots(evaluation, model, dataset, rows, step_losses),
+        "mistakes": _mistakes(dataset, rows, mistakes),
+        "max_curves": plots.MAX_CURVES, "max_confusion": plots.MAX_CONFUSION_CLASSES,
+    }  # fmt: skip
+    path.write_text(render(_TEMPLATE, values, {"interval": _interval, "number": _number}), encoding="utf-8")
 
 
 def _plots(
