@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK, FAINT = "#010203", "#040506"
+INK, FAINT, CARD = "#010203", "#040506", "#070809"
 """Stand-ins in matplotlib's output for the page's own colours, which follow light and dark mode."""
 COLORS = ("#3b6fd4", "#d9663b", "#2f9e6e", "#a457c7", "#c79a1e", "#d1477a", "#3aa3b5", "#7a6a58", "#6c78e0", "#8aa32f")
 _STYLE = {
@@ -54,7 +54,12 @@ def svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
+    text = (
+        text[text.index("<svg") :]
+        .replace(INK, "var(--ink)")
+        .replace(FAINT, "var(--faint)")
+        .replace(CARD, "var(--card)")
+    )
     text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*"', r"\1\2", text, count=1)
     prefix = f"p{zlib.crc32(text.encode()):x}-"  # ids must not collide with those of the page's other plots
     return re.sub(r'(id="|xlink:href="#|url\(#)', lambda match: match.group(1) + prefix, text)

@@ -221,7 +221,8 @@ class TuneStage:
     def _write_report(self, record: StudyRecord, trials: list[TrialRecord]) -> None:
         from orchestrator.tuning.report import write_report
 
-        write_report(self.storage.path(record.report), record, trials, self.tuning, self.space)
+        unit = "fold" if self.recipe.training.folds else "epoch"
+        write_report(self.storage.path(record.report), record, trials, self.tuning, self.space, unit)
         self.storage.push(record.report)
 
     def _model_of(self, winner: TrialRecord, recipe: Recipe, dataset: DatasetRecord) -> ModelRecord:
