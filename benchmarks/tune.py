@@ -259,7 +259,7 @@ def compare(rounds: list[dict[str, Answer]], trials: int) -> tuple[dict[str, Any
         print(f"{name:24}{statistics.median(speeds):10.1f}{best:9.3f}{statistics.median(waits):14.0f} s{epochs:8.0f}"
               f"{idle:7.0%}{memory / 1e6:7.0f} MB{wall:6.0f} s")  # fmt: skip
     ratios = {}
-    for peer in (name for name in rounds[0] if name != "orchestrator"):
+    for peer in (name for name in rounds[0] if name != "orchestrator" and "orchestrator" in rounds[0]):
         ratios[f"trials per hour, orchestrator / {peer}"] = statistics.median(
             turn[peer]["wall_s"] / turn["orchestrator"]["wall_s"] for turn in rounds
         )
