@@ -134,7 +134,7 @@ def searched(tuning: Tuning, database: str, trials: int, name: str = "s") -> Stu
     return study
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "qmc"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "nsga2", "random", "qmc"])
 def test_a_study_that_was_ended_goes_on_with_the_points_it_would_have_tried(tmp_path: Path, sampler: str) -> None:
     tuning = Tuning(sampler=sampler)
     whole = searched(tuning, f"sqlite:///{tmp_path}/whole.db", 24)
