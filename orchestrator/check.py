@@ -33,13 +33,15 @@ def plan_run(pipeline: Pipeline) -> dict[str, Any]:
     network = pipeline.task.network(recipe.model, dataset.labels)
     rows_of_runs = _rows_of_runs(pipeline, dataset)
     workers, at_once = _workers(pipeline)
+    trials = recipe.tuning.trials if recipe.tuning else 1
     rows = dataset.splits["train"].rows
-    steps = recipe.training.epochs * sum(-(-rows // recipe.training.batch_size) for rows in rows_of_runs)
+    steps = trials * recipe.training.epochs * sum(-(-rows // recipe.training.batch_size) for rows in rows_of_runs)
     seconds_per_step = _measure(pipeline, dataset, network)
     parameters = count_parameters(network)
     memory = workers * at_once * parameters * _BYTES_PER_PARAMETER
-    # of each run two checkpoints of three copies each, the best model, the version
-    disk = len(rows_of_runs) * parameters * 4 * 8 + dataset.size_bytes
+    # of each run two checkpoints of three copies each, the best model, the version; of a search, of those at a time
+    runs_on_disk = len(rows_of_runs) * (at_once + 1 if recipe.tuning else 1)
+    disk = runs_on_disk * parameters * 4 * 8 + dataset.size_bytes
     values = {
         "rows": rows, "steps": steps, "runs": len(rows_of_runs), "workers": workers, "parameters": parameters,
         "memory_bytes": memory, "disk_bytes": disk, "seconds": steps * seconds_per_step,
@@ -48,6 +50,7 @@ def plan_run(pipeline: Pipeline) -> dict[str, Any]:
     plan = {
         "train": f"{rows} rows, {recipe.training.epochs} epochs, {steps} steps of {recipe.training.batch_size} rows",
         **_told(recipe.training, len(rows_of_runs), at_once),
+        **_tuning(pipeline, at_once),
         "workers": f"{workers} on {available_cpus()} CPUs and {torch.cuda.device_count()} GPUs of this machine",
         "memory": f"{memory / 1e9:.1f} GB for weights and optimiser over all workers, activations come on top",
         "disk": f"about {disk / 1e9:.1f} GB of {free / 1e9:.0f} GB free",
@@ -74,14 +77,32 @@ def _told(training: Training, runs: int, at_once: int) -> dict[str, str]:
     return {"runs": f"{runs}: {', '.join([*folds, model])}; up to {at_once} at a time; the steps are of all"}
 
 
+def _tuning(pipeline: Pipeline, at_once: int) -> dict[str, str]:
+    from orchestrator.tuning.space import told
+
+    tuning = pipeline.recipe.tuning
+    if tuning is None:
+        return {}
+    stage = pipeline.tune_stage()
+    stage.check()
+    fields = ", ".join(f"{p.path.removeprefix('training.')} {told(p.dimension)}" for p in stage.space.parameters)
+    told_of_all = "steps and time are of all of them, if none is stopped early"
+    objectives = ", ".join(stage.objectives)
+    return {"tune": f"{tuning.trials} trials, {at_once} at a time, for {objectives}; {told_of_all}; searched: {fields}"}
+
+
 def _workers(pipeline: Pipeline) -> tuple[int, int]:
     """Workers of each run, and how many runs go on at a time: the folds first, then those of the model."""
     from orchestrator.session import Resources
     from orchestrator.training.folds import fold_runs, model_runs
     from orchestrator.training.placement import place_runs
+    from orchestrator.tune import room_for
 
     cpus, recipe = available_cpus(), pipeline.recipe
     resources = Resources(1, cpus, torch.cuda.device_count(), cpus, cpus)
+    if recipe.tuning:
+        placement, at_once = room_for(recipe, recipe.tuning, resources)
+        return placement.workers, at_once
     runs = max(len(fold_runs(recipe, "")), len(model_runs(recipe, "")))
     placement, at_once = place_runs(recipe.training, resources, runs)
     return placement.workers, at_once

@@ -117,10 +117,18 @@ def train(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = Non
 
 
 @app.command()
-def tune(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
-         json_: AsJson = False) -> None:  # fmt: skip
+def tune(
+    recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
+    json_: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take, as check does.")] = False,
+) -> None:  # fmt: skip
     """Search for better values of recipe fields; goes on with the study after a stop, and the winner is the model."""
-    run_verb("tune", recipe, set_, storage, address, json_)
+    if dry_run:
+        from orchestrator.check import plan_run
+
+        run_verb("check", recipe, set_, storage, None, json_, plan_run)
+    else:
+        run_verb("tune", recipe, set_, storage, address, json_)
 
 
 @app.command()

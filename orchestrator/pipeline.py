@@ -116,7 +116,7 @@ class Pipeline:
         """Every stage up to ``verb``; returns its record, or all records for ``run``."""
         records: dict[str, Any] = {"stage": "run", "name": self.recipe.name}
         if self.recipe.tuning and verb != "prepare":
-            self._tune_stage().check()
+            self.tune_stage().check()
         dataset = records["prepare"] = self.prepare()
         if verb == "prepare":
             return dataset
@@ -184,10 +184,10 @@ class Pipeline:
 
     def tune(self, dataset: DatasetRecord) -> StudyRecord:
         """Search for better values of recipe fields, going on with the study if an earlier run was cut short."""
-        stage = self._tune_stage()
+        stage = self.tune_stage()
         return self._once("tune", stage.key(dataset), StudyRecord, lambda: stage.tune(dataset), stage.location(dataset))
 
-    def _tune_stage(self) -> TuneStage:
+    def tune_stage(self) -> TuneStage:
         from orchestrator.tune import TuneStage
 
         return TuneStage(self.recipe, self.storage, lambda: self.session, self.report, self.prepare, self._validated)

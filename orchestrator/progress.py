@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Event:
     done: float = 0.0
     total: float = 0.0
     figures: Mapping[str, float | int | str] = field(default_factory=dict)
+    table: tuple[tuple[str, ...], ...] = ()
+    """Of what goes on side by side, its head first: a live display shows it above the bar."""
 
 
 Report = Callable[[Event], None]
@@ -136,7 +140,7 @@ class _Lines:
 
 
 class _Live:
-    """A bar per running stage, above it the lines to keep."""
+    """A bar per running stage, above it a table if the stage has one, and the lines to keep."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -150,16 +154,24 @@ class _Live:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            transient=True,
         )
-        self.stage, self.bar = "", TaskID(-1)
+        self.stage, self.bar, self.table = "", TaskID(-1), tuple[tuple[str, ...], ...]()
+        self.live = Live(console=self.console, transient=True, get_renderable=self._shown)
 
     def __enter__(self) -> Report:
-        self.bars.start()
+        self.live.start()
         return self.report
 
     def __exit__(self, *exception: object) -> None:
-        self.bars.stop()
+        self.live.stop()
+
+    def _shown(self) -> Group:
+        if not self.table:
+            return Group(self.bars)
+        table = Table(*self.table[0], box=None, header_style="dim", padding=(0, 2, 0, 0))
+        for row in self.table[1:]:
+            table.add_row(*(escape(cell) for cell in row))
+        return Group(table, self.bars)
 
     def report(self, event: Event) -> None:
         if event.message:
@@ -170,6 +182,7 @@ class _Live:
                 self.bars.remove_task(self.bar)
             self.stage = event.stage
             self.bar = self.bars.add_task(event.stage, total=event.total or None, figures="")
+        self.table = event.table
         self.bars.update(
             self.bar, completed=event.done, total=event.total or None, figures=format_figures(event.figures)
         )

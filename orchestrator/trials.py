@@ -20,9 +20,10 @@ from orchestrator.progress import ignore
 from orchestrator.recipe import Recipe, Training
 from orchestrator.records import CrossValidation, DatasetRecord, ModelRecord
 from orchestrator.session import Resources, Session
-from orchestrator.storage import DATASET, RECORD, SCRATCH, TRIALS, Storage, part_location
+from orchestrator.storage import DATASET, RECORD, SCRATCH, TENSORBOARD, TRIALS, Storage, part_location
 from orchestrator.training.folds import cross_validation, fold_runs, fold_sizes
 from orchestrator.training.here import Here
+from orchestrator.training.metrics_log import write_hparams
 from orchestrator.training.placement import Placement
 from orchestrator.training.stage import Engine, TrainStage, train_key
 from orchestrator.training.state import Position
@@ -57,7 +58,9 @@ class Trials:
     def __call__(self, number: int, point: Point, go_on: GoOn) -> Measured:
         trial = _Trial(self, recipe_with(self.recipe, point), self.location_of(number), go_on)
         try:
-            return trial.measured()
+            measured = trial.measured()
+            trial.write_hparams(point, measured)
+            return measured
         except OrchestratorError as error:
             return trial.failed(error)
 
@@ -80,6 +83,10 @@ class _Trial:
         self.storage.write_json(f"{self.run}/{RECORD}", model.model_dump(mode="json"))
         told = was_told_to_stop(model, self.recipe.training)
         return self._measured([model], scores_of(model), "pruned" if told else "complete")
+
+    def write_hparams(self, point: Point, measured: Measured) -> None:
+        write_hparams(self.storage.path(self.run), point, measured.metrics)
+        self.storage.push(f"{self.run}/{TENSORBOARD}")
 
     def failed(self, error: OrchestratorError) -> Measured:
         kind = "no_room" if isinstance(error, DiskFull) else error.kind or "raised"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,28 +18,27 @@ from orchestrator.data.dataset import Split
 from orchestrator.errors import IntegrityError, ResourceError
 from orchestrator.evaluation.metrics import summary
 from orchestrator.evaluation.scores import evaluate_predictions
-from orchestrator.progress import Event, Report, format_seconds
+from orchestrator.progress import Event, Report
 from orchestrator.recipe import Model, Recipe
 from orchestrator.recipe_tuning import MAXIMIZED, Dimension, Tuning
 from orchestrator.records import DatasetRecord, ModelRecord, StudyRecord, TrialRecord
 from orchestrator.session import Resources, Session
-from orchestrator.storage import DATASET, RECORD, REPORT, Storage, sha256_json, stage_location
+from orchestrator.storage import RECORD, REPORT, Storage, sha256_json, stage_location
 from orchestrator.tasks import TASKS
 from orchestrator.training.placement import Placement, place_runs
 from orchestrator.training.stage import WITHOUT_EFFECT, TrainStage, train_key
 from orchestrator.trials import QUALITY, Trials, scores_of, units_of
 from orchestrator.tuning import outcome
 from orchestrator.tuning.keeper import Keeper
-from orchestrator.tuning.measured import Measured
 from orchestrator.tuning.space import Point, Space, including, recipe_with, value_at
-from orchestrator.tuning.study import DEFAULT, LOCATION, Asked, Study, database_url
+from orchestrator.tuning.study import Study, database_url
+from orchestrator.watched import Watched, eligible
 
 _ONLY_HOW_MANY = {"trials", "time_budget_s", "concurrency", "database", "start", "warm_start", "default_first"}
 """Fields of ``tuning`` that a study may go on with another value of."""
 _CONFIDENCE, _DEVIATIONS = 0.95, 1.96
 _ROWS_OF_DIFFERENCE = 3
 """By rounding, a model that is loaded afresh may answer so many rows differently."""
-_GIVE_UP_AFTER = 5
 _INTERVALS = {"loss": "log_loss"}
 
 
@@ -167,9 +166,9 @@ class TuneStage:
             self.plain, dataset, self.location(dataset), self.objectives[0], "latency_ms" in needed, placement
         )
         keeper = Keeper(
-            study, self.storage, self.eligible(t for t in outcome.records_of(study) if t.state != "running")
+            study, self.storage, eligible(self.recipe, (t for t in outcome.records_of(study) if t.state != "running"))
         )
-        shown = Shown(self, study, trials, keeper)
+        shown = Watched(self.recipe, study, trials, keeper, self.storage, self.prepare, self.report, self.default())
         own_workers = placement.workers > 1  # they take the room, the trial's own process only waits for them
         cpus = 0.0 if own_workers else placement.cpus_per_worker
         gpus = float(placement.device == "cuda" and not own_workers)
@@ -177,7 +176,7 @@ class TuneStage:
         search(
             study, trials, Room(cpus, gpus, at_once),
             Budget(self._how_many(), units_of(self.recipe.training), deadline, self.recipe.training.max_failures),
-            self.connect(), Watcher(shown.begun, shown.epoch, shown.ended),
+            self.connect(), Watcher(shown.begun, shown.epoch, shown.ended, shown.waiting),
         )  # fmt: skip
         keeper.sweep()
 
@@ -187,21 +186,17 @@ class TuneStage:
     def _room(self) -> tuple[Placement, int]:
         return room_for(self.recipe, self.tuning, self.connect().resources)
 
-    def eligible(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-        """A trial that was stopped has no model of its own when folds are what is compared."""
-        return [t for t in trials if t.state != "pruned" or not self.recipe.training.folds]
-
     # ------------------------------------------------------------------------------------------------------- conclude
 
     def _conclude(self, study: Study, dataset: DatasetRecord) -> StudyRecord:
         trials = outcome.records_of(study)
-        winner = outcome.choose_winner(self.eligible(trials), self.objectives, self.maximized, self.tuning)
+        winner = outcome.choose_winner(eligible(self.recipe, trials), self.objectives, self.maximized, self.tuning)
         recipe = recipe_with(self.recipe, winner.parameters)
         its_dataset = self.prepare(recipe.model) if recipe.model != self.recipe.model else dataset
         model = self._model_of(winner, recipe, its_dataset)
         noise = self._checked_noise(winner, model, its_dataset)
         first, up = self.objectives[0], self.maximized[0]
-        measured = outcome.candidates(self.eligible(trials), self.objectives)
+        measured = outcome.candidates(eligible(self.recipe, trials), self.objectives)
         counts = {state: sum(t.state == state for t in trials) for state in ("complete", "pruned", "failed")}
         location = self.location(dataset)
         record = StudyRecord(
@@ -211,7 +206,7 @@ class TuneStage:
             pareto=outcome.front([t for t in measured if outcome.is_inside(t)], self.objectives, self.maximized),
             noise=noise, within_noise=outcome.within_noise(measured, winner, first, noise or 0.0, maximized=up),
             optimism=outcome.expected_optimism((noise or 0.0) / _DEVIATIONS, len(measured)),
-            importances=outcome.importances(self.eligible(trials), self.space, first, maximized=up),
+            importances=outcome.importances(eligible(self.recipe, trials), self.space, first, maximized=up),
             epochs=sum(t.epochs for t in trials), seconds=sum(t.seconds for t in trials),
             report=f"{location}/{REPORT}", model=model,
         )  # fmt: skip
@@ -275,84 +270,6 @@ class TuneStage:
         same = "exactly" if all(again[m] == recorded[m] for m in QUALITY) else "to rounding"
         scores = ", ".join(f"{m} {again[m]:.4f}" for m in QUALITY)
         self.report(Event("tune", message=f"trial {winner.number} loaded afresh: {scores}, {same} as recorded"))
-
-
-class Shown:
-    """What happens while the study runs: said, and acted on."""
-
-    def __init__(self, stage: TuneStage, study: Study, trials: Trials, keeper: Keeper) -> None:
-        self.stage, self.study, self.trials, self.keeper = stage, study, trials, keeper
-        self.default, self.total = stage.default(), stage.tuning.trials
-        self.running: dict[int, int] = {}
-        """Number -> epochs done."""
-        before = [trial for trial in outcome.records_of(study) if trial.state != "running"]
-        self.ended_before, self.failed = len(before), list[TrialRecord]()
-        self.ended_now = self.good = 0
-
-    def begun(self, asked: Asked) -> None:
-        number, point = asked.number, asked.point
-        self.study.note(number, **{LOCATION: self.trials.location_of(number)})
-        if point == self.default:
-            self.study.note(number, **{DEFAULT: True})
-        if any(path.startswith("model.") for path in point):
-            recipe = recipe_with(self.trials.recipe, point)
-            dataset = self.stage.prepare(recipe.model)
-            values = dataset.model_dump(mode="json")
-            self.stage.storage.write_json(f"{self.trials.location_of(number)}/{DATASET}", values)
-        self.running[number] = 0
-        self._progress()
-
-    def epoch(self, asked: Asked, epochs: int, measured: Measured) -> None:
-        self.running[asked.number] = epochs
-        self._progress()
-
-    def ended(self, asked: Asked, measured: Measured) -> None:
-        """Raises TuningFailed when one trial after the other fails: the recipe is to blame, not their values."""
-        self.running.pop(asked.number, None)
-        self.ended_now += 1
-        trial = TrialRecord(
-            number=asked.number, state=measured.state, parameters=asked.point, metrics=measured.metrics,
-            violations=tuple(self.study.violations(measured).values()), epochs=measured.epochs, seconds=measured.seconds,
-            location=measured.location or self.trials.location_of(asked.number), error=measured.error,
-            kind=measured.kind, is_default=asked.point == self.default,
-        )  # fmt: skip
-        for eligible in self.stage.eligible([trial]):
-            self.keeper.decide(eligible)
-        self.stage.report(Event("tune", message=self._told(trial)))
-        self._progress()
-        self.good += trial.state != "failed"
-        self.failed += [trial] if trial.state == "failed" else []
-        if not self.good and not self.keeper.kept and len(self.failed) >= _GIVE_UP_AFTER:
-            raise outcome.all_failed(self.failed)
-
-    def _told(self, trial: TrialRecord) -> str:
-        name = f"trial {trial.number}" + (" (the recipe's own values)" if trial.is_default else "")
-        values = ", ".join(f"{path.removeprefix('training.')} {_short(v)}" for path, v in trial.parameters.items())
-        if trial.state == "failed":
-            return f"{name} failed: {trial.error}; {values}"
-        scores = ", ".join(f"{o} {trial.metrics[o]:.4g}" for o in self.study.objectives if o in trial.metrics)
-        scores += "" if outcome.is_inside(trial) else ", outside of the constraints"
-        parts = "fold" if self.stage.recipe.training.folds else "epoch"
-        when = f", stopped after {parts} {self._units(trial)}" if trial.state == "pruned" else ""
-        best = ", the best so far" if self.study.is_single and trial in self.keeper.kept else ""
-        return f"{name}: {scores}{when}{best}, {format_seconds(trial.seconds)}; {values}"
-
-    def _units(self, trial: TrialRecord) -> int:
-        return trial.epochs
-
-    def _progress(self) -> None:
-        best = [trial.metrics[self.study.objectives[0]] for trial in self.keeper.kept]
-        figures: dict[str, float | int | str] = {"running": ", ".join(
-            f"{number} (epoch {epochs + 1})" for number, epochs in sorted(self.running.items())
-        )}  # fmt: skip
-        if best:
-            figures[f"best {self.study.objectives[0]}"] = max(best) if self.stage.maximized[0] else min(best)
-        done = self.ended_before + self.ended_now
-        self.stage.report(Event("tune", done=done, total=max(done, self.total), figures=figures))
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _told(placement: Placement, at_once: int) -> str:

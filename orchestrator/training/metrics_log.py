@@ -74,6 +74,29 @@ class _Board:
         self.events.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
 
 
+def write_hparams(folder: Path, parameters: dict[str, Any], metrics: dict[str, float]) -> None:
+    """For TensorBoard's table of hyper-parameters: what a run was given and what came out, beside its curves."""
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.summary import hparams
+
+    board = folder / TENSORBOARD
+    with disk_errors(board):
+        board.mkdir(parents=True, exist_ok=True)
+        events = EventsWriter(str(board / "events"), ".hparams")
+        values = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in parameters.items()
+        }
+        scalars = Summary(
+            value=[Summary.Value(tag=f"best/{name}", simple_value=value) for name, value in metrics.items()]
+        )
+        for summary in (*hparams(values, {f"best/{name}": value for name, value in metrics.items()}), scalars):
+            events.write_event(Event(wall_time=time.time(), summary=summary))
+        events.close()
+
+
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """All whole lines in order; a line that a kill left half-written is left out."""
     try:

@@ -65,7 +65,11 @@ def _wait_for_disk(folder: Path, needed_bytes: int, patience_s: float, error: Or
 
 def keep_traceback(job: TrainJob) -> None:
     """Of the exception that is being handled, in the run's folder, for whoever has to find the cause."""
+    keep_message(job, traceback.format_exc())
+
+
+def keep_message(job: TrainJob, text: str) -> None:
     storage, location = Storage(job.recipe.storage), f"{job.run}/{TRACEBACK}"
     with contextlib.suppress(Exception):  # the disk may be what failed
-        atomic_write(storage.path(location), traceback.format_exc().encode())
+        atomic_write(storage.path(location), text.encode())
         storage.push(location)

@@ -60,11 +60,11 @@ class Heart:
 
     def _loop(self) -> None:
         while not self.stopped.is_set():
-            self.send(Beat(self.rank, self.process, self.count, _line_of(self.watched)))
+            self.send(Beat(self.rank, self.process, self.count, line_of(self.watched)))
             self.stopped.wait(self.every_s)
 
 
-def _line_of(thread: int) -> str:
+def line_of(thread: int) -> str:
     """The innermost line of ours that the thread is at."""
     frame = sys._current_frames().get(thread)
     ours = [f for f in traceback.extract_stack(frame) if f.filename.startswith(_PACKAGE)] if frame else []

@@ -29,7 +29,7 @@ from orchestrator.tuning.schedulers import EPOCH, VALUE, make_scheduler, remembe
 from orchestrator.tuning.study import Asked, Study
 
 _MEASURED = "measured"
-_POLL_S = 0.5
+_POLL_S, _PATIENCE_S = 0.5, 30.0
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run's own metrics are what people look at
     "TUNE_GLOBAL_CHECKPOINT_S": "100000000",  # Tune's state is not needed: the study is
@@ -57,6 +57,8 @@ class Watcher:
     begun: Callable[[Asked], None] = lambda asked: None
     epoch: Callable[[Asked, int, Measured], None] = lambda asked, epoch, measured: None
     ended: Callable[[Asked, Measured], None] = lambda asked, measured: None
+    waiting: Callable[[], None] = lambda: None
+    """No trial could begin for a while: something else has the room."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,16 @@ def search(
             ),
             run_config=tune.RunConfig(
                 name="study", storage_path=str(session.scratch / "tune"), verbose=0, stop=lambda _, __: budget.is_over(),
-                failure_config=tune.FailureConfig(max_failures=0), callbacks=[_Losses(searcher)],
+                failure_config=tune.FailureConfig(max_failures=0), callbacks=[_Tidings(searcher)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )  # fmt: skip
-        _leave_at_once_when_interrupted(tuner.fit)
+        _leave_at_once_when_interrupted(tuner.fit, searcher.look_for_room)
     if searcher.broken:
         raise searcher.broken
 
 
-def _leave_at_once_when_interrupted(run: Callable[[], object]) -> None:
+def _leave_at_once_when_interrupted(run: Callable[[], object], meanwhile: Callable[[], None]) -> None:
     """Interrupted itself, Tune would end its trials as if the scheduler had stopped them. Its thread ends with the process,
     and the trials end with Ray, in the midst of what they do."""
     done = Future[None]()
@@ -117,7 +119,7 @@ def _leave_at_once_when_interrupted(run: Callable[[], object]) -> None:
 
     threading.Thread(target=wait, name="search", daemon=True).start()
     while not wait_for([done], timeout=_POLL_S).done:
-        pass  # signals are seen between two waits
+        meanwhile()  # signals are seen between two waits
     done.result()
 
 
@@ -136,6 +138,17 @@ class _Searcher(Searcher):
         self.running: dict[str, Asked] = {}
         self.losses: dict[int, int] = {}
         self.broken: BaseException | None = None
+        self.started = set[str]()
+        self.stuck_since = time.monotonic()
+
+    def look_for_room(self) -> None:
+        """Say so now and then when every trial that could go on waits for room."""
+        running = list(self.running)  # Tune's thread goes on meanwhile
+        if not running or not self.started.isdisjoint(running):
+            self.stuck_since = time.monotonic()
+        elif time.monotonic() - self.stuck_since > _PATIENCE_S:
+            self.stuck_since = time.monotonic()
+            self.watcher.waiting()
 
     def __reduce__(self) -> tuple[type[str], tuple[()]]:
         """Tune writes its configuration down, to restore it from there: what counts is in the study."""
@@ -171,7 +184,7 @@ class _Searcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if error:
-            return  # _Losses says why
+            return  # _Tidings says why
         asked = self.running.pop(trial_id, None)
         if asked is None or not result or _MEASURED not in result:
             return  # it was stopped before its first epoch was over: the next search goes on with it
@@ -211,11 +224,14 @@ class _Searcher(Searcher):
             self.broken = error
 
 
-class _Losses(tune.Callback):
-    """A searcher is not told why a trial's process failed."""
+class _Tidings(tune.Callback):
+    """A searcher is not told why a trial's process failed, nor when it began."""
 
     def __init__(self, searcher: _Searcher) -> None:
         self.searcher = searcher
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.searcher.started.add(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with contextlib.suppress(OSError, TypeError):

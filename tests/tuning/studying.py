@@ -51,7 +51,7 @@ class Studying:
 
     def trials(self) -> list[TrialRecord]:
         """As another process reads them out of the database."""
-        stage = self.pipeline._tune_stage()
+        stage = self.pipeline.tune_stage()
         name = stage.location(self.dataset()).rpartition("/")[2]
         database = f"sqlite:///{self.folder(STUDIES_DATABASE)}"
         return records_of(Study(database, name, stage.tuning, stage.space, stage.objectives, stage.recipe.seed))

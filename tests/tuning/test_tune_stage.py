@@ -210,6 +210,23 @@ def test_a_study_goes_on_until_its_time_is_over(
     assert 2 <= record.trials < 10_000 and time.monotonic() - started < 120
 
 
+def test_a_study_waits_for_a_busy_cluster_with_a_word(
+    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr("orchestrator.tuning.on_ray._PATIENCE_S", 1.0)
+    study = Studying(recipe_text(reviews_csv, tiny_backbone, tmp_path, "trials: 1, concurrency: 1"), ray_session)
+    study.dataset()
+    cpus = ray.cluster_resources()["CPU"]
+    holder = ray.remote(num_cpus=cpus)(time.sleep).remote(10)
+    while ray.available_resources().get("CPU", 0.0) > 0:
+        time.sleep(0.1)
+    assert study.tune().trials == 1
+    assert "no trial can begin: something else is using the cluster; see who: ray status, ray list actors" in study.said
+    ray.get(holder)
+
+
 @pytest.mark.parametrize(
     ("tuning", "training", "told"),
     [
