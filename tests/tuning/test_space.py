@@ -7,27 +7,14 @@ from typing import Any
 
 import optuna
 import pytest
+from spaces import PLAIN, space_of
 
 from orchestrator.errors import RecipeError
-from orchestrator.recipe import Recipe
 from orchestrator.recipe_tuning import Dimension, Tuning
 from orchestrator.tuning.measured import Measured
 from orchestrator.tuning.outcome import choose_winner, front, importances, records_of
 from orchestrator.tuning.samplers import make_sampler
-from orchestrator.tuning.space import Space
 from orchestrator.tuning.study import Study
-
-RECIPE = Recipe.model_validate({"name": "r", "task": "text_classification", "data": {"source": "x.csv"}})
-PLAIN = {
-    "training.learning_rate": {"log_uniform": [1e-5, 1e-3]},
-    "training.warmup_fraction": {"uniform": [0.0, 0.5]},
-    "training.label_smoothing": {"quantized": [0.0, 0.4, 0.1]},
-    "training.batch_size": [16, 32],
-}
-
-
-def space_of(dimensions: dict[str, Any], recipe: Recipe = RECIPE) -> Space:
-    return Space(recipe, {path: Dimension.model_validate(value) for path, value in dimensions.items()})
 
 
 @pytest.mark.parametrize(

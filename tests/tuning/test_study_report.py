@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_space import PLAIN, space_of
+from spaces import PLAIN, space_of
 
 from orchestrator.recipe_tuning import Bound, Tuning
 from orchestrator.records import EpochMetrics, ModelRecord, StudyRecord, TrialRecord
