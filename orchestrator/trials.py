@@ -59,10 +59,10 @@ class Trials:
         trial = _Trial(self, recipe_with(self.recipe, point), self.location_of(number), go_on)
         try:
             measured = trial.measured()
-            trial.write_hparams(point, measured)
-            return measured
         except OrchestratorError as error:
             return trial.failed(error)
+        trial.write_hparams(point, measured)
+        return measured
 
 
 class _Trial:
@@ -131,12 +131,11 @@ class _Trial:
         return _FoldByFold(engine, self._ask_after_fold) if self.recipe.training.folds else engine
 
     def _workers(self, ask: GoOnTraining | None) -> Engine:
-        """Several processes, started from within this one, which is on Ray already."""
+        """Several processes, started from within this one, which is on Ray already. Their scratch is no temporary folder:
+        nobody would clear it after a kill."""
         from orchestrator.training.on_ray import OnRay
 
-        scratch = self.storage.path(
-            f"{self.run}/{SCRATCH}"
-        )  # not a temporary folder: nobody would clear it after a kill
+        scratch = self.storage.path(f"{self.run}/{SCRATCH}")
         session = Session(os.environ.get("RAY_ADDRESS", ""), Resources(0, 0, 0, 0, 0), scratch, is_private=False)
         return OnRay(lambda: session, ignore, ask, self.study.placement)
 

@@ -37,8 +37,8 @@ from orchestrator.watched import Watched, eligible
 _ONLY_HOW_MANY = {"trials", "time_budget_s", "concurrency", "database", "start", "warm_start", "default_first"}
 """Fields of ``tuning`` that a study may go on with another value of."""
 _CONFIDENCE, _DEVIATIONS = 0.95, 1.96
-_ROWS_OF_DIFFERENCE = 3
-"""By rounding, a model that is loaded afresh may answer so many rows differently."""
+_SAME, _ROWS_OF_DIFFERENCE = ("accuracy", "loss"), 3
+"""By rounding, a model that is loaded afresh on another processor may answer so many rows differently."""
 _INTERVALS = {"loss": "log_loss"}
 
 
@@ -109,8 +109,8 @@ class TuneStage:
             TuningFailed: there can be no winner.
             IntegrityError: the winner's model is not what the study recorded.
         """
-        points = self._first_points()
-        study = self._study(dataset)
+        points, study = self._first_points(), self._study(dataset)
+        self._tell_of(points)
         copied = study.learn_from(self.tuning.warm_start)
         if copied:
             self.report(Event("tune", message=f"{copied} trials of earlier studies are known to the sampler"))
@@ -133,24 +133,20 @@ class TuneStage:
 
     def _first_points(self) -> list[Point]:
         """What is tried before the sampler chooses: the recipe's own values, the points it names, a grid."""
-        points: list[Point] = []
-        if self.tuning.default_first:
-            default = self.default()
-            if default is None:
-                said = "the recipe's own values lie outside of the space: the winner cannot be compared with them"
-                self.report(Event("tune", message=said))
-            else:
-                points.append(default)
+        default = self.default() if self.tuning.default_first else None
+        points = [default] if default is not None else []
         for number, point in enumerate(self.tuning.start, start=1):
             self.space.check_point(point, f"tuning.start, point {number}")
             points.append(dict(point))
-        if self.tuning.sampler == "grid":
-            grid = self.space.grid()
-            points += grid
-            if len(grid) > self.tuning.trials:
-                said = f"the grid has {len(grid)} points, of which tuning.trials lets {self.tuning.trials} run"
-                self.report(Event("tune", message=said))
-        return points
+        return points + (self.space.grid() if self.tuning.sampler == "grid" else [])
+
+    def _tell_of(self, points: list[Point]) -> None:
+        if self.tuning.default_first and self.default() is None:
+            said = "the recipe's own values lie outside of the space: the winner cannot be compared with them"
+            self.report(Event("tune", message=said))
+        if self.tuning.sampler == "grid" and len(points) > self.tuning.trials:
+            said = f"there are {len(points)} points to try, of which tuning.trials lets {self.tuning.trials} run"
+            self.report(Event("tune", message=said))
 
     def default(self) -> Point | None:
         """The recipe's own values; None if some lie outside of the space."""
@@ -259,8 +255,8 @@ class TuneStage:
         return (interval.high - interval.low) / 2
 
     def _compare(self, winner: TrialRecord, recorded: dict[str, float], again: dict[str, float], rows: int) -> None:
-        told = {m: f"{m} {again[m]:.6g} instead of {recorded[m]:.6g}" for m in QUALITY}
-        different = [m for m in QUALITY if abs(again[m] - recorded[m]) > _ROWS_OF_DIFFERENCE / rows]
+        told = {m: f"{m} {again[m]:.6g} instead of {recorded[m]:.6g}" for m in _SAME}
+        different = [m for m in _SAME if abs(again[m] - recorded[m]) > _ROWS_OF_DIFFERENCE / rows]
         if different:
             raise IntegrityError(
                 f"the model of the winner, trial {winner.number}, loaded afresh has "

@@ -71,6 +71,31 @@ def test_a_mistake_in_the_recipe_is_shown_where_it_is(
 
 
 @pytest.mark.parametrize(
+    ("tuning", "words"),
+    [
+        ("{trials: 0}", ["recipe.yaml:5:10: tuning.trials", "greater than or equal to 1"]),
+        ("{space: {}}", ["tuning", "space is empty: name fields to search, or leave it out"]),
+        ("{space: {training.epochz: [1]}}", ["tuning.space.training.epochz is not a recipe field", "training.epochs"]),
+        ("{space: {training.weight_decay: {uniform: [0, 2]}}}", ["tuning.space.training.weight_decay: 2", "cannot be"]),
+        ("{space: {training.epochs: {unifrm: [0, 2]}}}", ["needs exactly one of choice, uniform", "unifrm"]),
+        ("{objectives: {minimize: macro_f1}}", ["macro_f1 cannot be minimized"]),
+        ("{objectives: [loss, seconds], scheduler: asha}", ["compares trials by one objective"]),
+        ("{constraints: {size_mb: {}}}", ["needs at_most, at_least or both"]),
+    ],
+    ids=["budget", "no space", "no field", "range", "kind", "direction", "scheduler", "bound"],
+)  # fmt: skip
+def test_a_search_that_cannot_be_is_refused(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tuning: str, words: list[str]
+) -> None:
+    said = refused(capsys, "tune", recipe(TABLE, f"tuning: {tuning}\n"))
+    assert all(word in said for word in words), said
+
+
+def test_a_recipe_without_a_search_has_nothing_to_tune(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the recipe has no tuning section: add one: tuning: {trials: 24}" in refused(capsys, "tune", recipe(TABLE))
+
+
+@pytest.mark.parametrize(
     ("rows", "words"),
     [
         (None, ["there is nothing at rows.csv", "relative to the working directory"]),

@@ -1,6 +1,9 @@
 """Progress without a terminal: one line now and then, with the time that is left."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from orchestrator import progress
 from orchestrator.progress import Event, Together, display, format_seconds
@@ -67,3 +70,13 @@ def test_runs_that_were_left_behind_are_not_heard_any_more() -> None:
     together.close()
     together.report_of("member 1/2")(Event("train", message="worker 0 was lost"))
     assert events == []
+
+
+def test_a_terminal_shows_what_goes_on_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=written, force_terminal=True, width=100))
+    with progress._Live() as report:
+        table = (("trial", "macro_f1"), ("3 best", "0.81"), ("7", "[red]0.5"))
+        report(Event("tune", done=4, total=24, figures={"running": "7"}, table=table))
+    shown = written.getvalue()
+    assert "3 best" in shown and "[red]0.5" in shown and "4/24" in shown
