@@ -219,7 +219,7 @@ def test_a_study_waits_for_a_busy_cluster_with_a_word(
     study = Studying(recipe_text(reviews_csv, tiny_backbone, tmp_path, "trials: 1, concurrency: 1"), ray_session)
     study.dataset()
     cpus = ray.cluster_resources()["CPU"]
-    holder = ray.remote(num_cpus=cpus)(time.sleep).remote(10)
+    holder = ray.remote(num_cpus=cpus)(lambda: time.sleep(10)).remote()
     while ray.available_resources().get("CPU", 0.0) > 0:
         time.sleep(0.1)
     assert study.tune().trials == 1
