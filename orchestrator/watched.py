@@ -104,9 +104,10 @@ class Watched:
 
     def _progress(self) -> None:
         best = [trial.metrics[self.objective] for trial in self.keeper.kept]
-        figures: dict[str, float | int | str] = {
-            "running": ", ".join(f"{n} ({self.part} {now.parts + 1})" for n, now in sorted(self.running.items()))
-        }
+        figures: dict[str, float | int | str] = {}
+        if self.running:
+            running = (f"{n} ({self.part} {now.parts + 1})" for n, now in sorted(self.running.items()))
+            figures["running"] = ", ".join(running)
         if best:
             figures[f"best {self.objective}"] = max(best) if self.objective in MAXIMIZED else min(best)
         done, total = self.ended_before + self.ended_now, self.study.tuning.trials
