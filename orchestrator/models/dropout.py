@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 _STEPS = 65_536
 _LOWEST = -32_768
 """Of int16: what the random bits are read as."""
-
-_BLOCK = 256
-"""Values whose bits are compared with the same threshold."""
 
 
 def dropout(values: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
@@ -29,22 +25,6 @@ def dropout(values: torch.Tensor, probability: float, training: bool) -> torch.T
         return functional.dropout(values, probability)
     kept: torch.Tensor = _Dropout.apply(values, probability)
     return kept
-
-
-def kept(shape: torch.Size, probability: float) -> torch.Tensor:
-    """int8, on the CPU: 1 where a value is kept, 0 where it is dropped.
-
-    A byte is drawn for each value, from a generator that is three times as fast as torch's, which gives its seed. A byte
-    alone knows 256 probabilities: the threshold that it is compared with is drawn too, between the two nearest, so that
-    each value is dropped with the very probability that was asked for.
-    """
-    seed = int(torch.empty((), dtype=torch.int64).random_())
-    blocks = -(-shape.numel() // _BLOCK)
-    words = np.random.SFC64(seed).random_raw(blocks * _BLOCK // 8)
-    bits = torch.from_numpy(words.view(np.int8)).view(blocks, _BLOCK)
-    whole = min(int(probability * 256), 254)
-    threshold = torch.rand(blocks, 1).lt(probability * 256 - whole).to(torch.int8).add_(whole - 128)
-    return bits.ge_(threshold).view(-1)[: shape.numel()].view(shape)
 
 
 class _Dropout(torch.autograd.Function):
