@@ -108,9 +108,11 @@ def loop_without_ray(job: Job, *, workers: int) -> Result | None:
     """The same loop as the project's, its processes started by torchrun."""
     from torch import distributed
 
+    from orchestrator.models.hardware import keep_freed_memory
     from orchestrator.storage import Storage
     from orchestrator.training.worker import Place, TrainJob, train_worker
 
+    keep_freed_memory()
     if workers > 1:
         distributed.init_process_group("nccl" if job.device == "cuda" else "gloo")
     rank = distributed.get_rank() if workers > 1 else 0

@@ -33,14 +33,16 @@ def plan_run(pipeline: Pipeline) -> dict[str, Any]:
     network = pipeline.task.network(recipe.model, dataset.labels)
     rows_of_runs = _rows_of_runs(pipeline, dataset)
     workers, at_once = _workers(pipeline)
-    trials = recipe.tuning.trials if recipe.tuning else 1
+    tuning, trials = recipe.tuning, recipe.tuning.trials if recipe.tuning else 1
     rows = dataset.splits["train"].rows
     steps = trials * recipe.training.epochs * sum(-(-rows // recipe.training.batch_size) for rows in rows_of_runs)
     seconds_per_step = _measure(pipeline, dataset, network)
     parameters = count_parameters(network)
     memory = workers * at_once * parameters * _BYTES_PER_PARAMETER
-    # of each run two checkpoints of three copies each, the best model, the version; of a search, of those at a time
-    runs_on_disk = len(rows_of_runs) * (at_once + 1 if recipe.tuning else 1)
+    # of each run two checkpoints of three copies each, the best model, the version; of a search, of those at a time, and of
+    # a population, of those that go on and those they go on from
+    kept = 2 * trials if tuning and tuning.scheduler == "pbt" else at_once
+    runs_on_disk = len(rows_of_runs) * (kept + 1 if tuning else 1)
     disk = runs_on_disk * parameters * 4 * 8 + dataset.size_bytes
     values = {
         "rows": rows, "steps": steps, "runs": len(rows_of_runs), "workers": workers, "parameters": parameters,

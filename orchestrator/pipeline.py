@@ -199,12 +199,13 @@ class Pipeline:
         model = recipe_with(self.recipe, study.winner.parameters).model
         return dataset if model == self.recipe.model else self.prepare(model)
 
-    def _validated(self, model: ModelRecord, dataset: DatasetRecord) -> np.ndarray:
+    def _validated(self, model: ModelRecord, dataset: DatasetRecord, placement: Placement) -> np.ndarray:
+        """With the number format, shares and threads of its training, for the same rounding."""
         from orchestrator.evaluation.on_ray import predict_split
 
-        job, placement = self._predict_job(model.model_location, dataset, "validation")
-        job = replace(job, bf16=model.precision == "bf16")
-        return predict_split(job, dataset.splits["validation"].rows, 1, placement.cpus_per_worker, self.report)
+        job = replace(self._predict_job(model.model_location, dataset, "validation")[0], bf16=model.precision == "bf16")
+        rows = dataset.splits["validation"].rows
+        return predict_split(job, rows, placement.workers, placement.cpus_per_worker, self.report)
 
     # ------------------------------------------------------------------------------------------------------ evaluate
 

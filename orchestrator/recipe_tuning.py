@@ -20,6 +20,8 @@ Metric = Literal["macro_f1", "weighted_f1", "accuracy", "loss", "latency_ms", "s
 Kind = Literal["choice", "uniform", "log_uniform", "int", "log_int", "quantized"]
 _KINDS = ("choice", "uniform", "log_uniform", "int", "log_int", "quantized")
 MAXIMIZED = ("macro_f1", "weighted_f1", "accuracy")
+_FEWEST_MEMBERS = 4
+"""Of a population: one of four is replaced at a time."""
 
 
 class Dimension(Section):
@@ -123,9 +125,10 @@ class Tuning(Section):
     genetic algorithm for several objectives, at random, evenly spread (Sobol), or all combinations of choices."""
     startup_trials: int = Field(default=8, ge=1, le=10_000)
     """Trials at random before tpe and gp have something to learn from."""
-    scheduler: Literal["auto", "asha", "hyperband", "median", "none"] = "auto"
+    scheduler: Literal["auto", "asha", "hyperband", "median", "pbt", "none"] = "auto"
     """Which trials are stopped early, by their objective after each epoch. ``auto``: asha for one objective, none for
-    several."""
+    several. ``pbt`` stops none: ``trials`` are the members of a population, and every ``min_epochs`` epochs the worst quarter
+    of them go on from the weights of the best quarter, with values near theirs."""
     min_epochs: int = Field(default=1, ge=1, le=10_000)
     """No trial is stopped before."""
     reduction: int = Field(default=3, ge=2, le=100)
@@ -167,6 +170,8 @@ class Tuning(Section):
         several = len(self.objectives) > 1
         if several and self.scheduler not in ("auto", "none"):
             raise ValueError(f"scheduler {self.scheduler} compares trials by one objective: leave it out for several")
+        if self.scheduler == "pbt" and (self.trials < _FEWEST_MEMBERS or self.sampler == "grid"):
+            raise ValueError(f"scheduler pbt needs trials of at least {_FEWEST_MEMBERS}, its population, and no grid")
         if several and self.sampler == "cmaes":
             raise ValueError("sampler cmaes takes one objective: use tpe, gp or nsga2 for several")
         return self

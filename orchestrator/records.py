@@ -189,6 +189,8 @@ class TrialRecord(Record):
     that the code did."""
     is_default: bool = False
     """It has the recipe's own values."""
+    parent: int | None = None
+    """Of a population: the trial whose weights it went on from."""
 
 
 class StudyRecord(Record):

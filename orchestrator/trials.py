@@ -20,15 +20,25 @@ from orchestrator.progress import ignore
 from orchestrator.recipe import Recipe, Training
 from orchestrator.records import CrossValidation, DatasetRecord, ModelRecord
 from orchestrator.session import Resources, Session
-from orchestrator.storage import DATASET, RECORD, SCRATCH, TENSORBOARD, TRIALS, Storage, part_location
+from orchestrator.storage import (
+    DATASET,
+    LINEAGE,
+    RECORD,
+    SCRATCH,
+    TENSORBOARD,
+    TRIALS,
+    Storage,
+    part_location,
+    sha256_json,
+)
 from orchestrator.training.folds import cross_validation, fold_runs, fold_sizes
 from orchestrator.training.here import Here
 from orchestrator.training.metrics_log import write_hparams
 from orchestrator.training.placement import Placement
 from orchestrator.training.stage import Engine, TrainStage, train_key
-from orchestrator.training.state import Position
+from orchestrator.training.state import Position, inherit
 from orchestrator.training.worker import GoOn as GoOnTraining
-from orchestrator.training.worker import TrainJob
+from orchestrator.training.worker import Scores, TrainJob
 from orchestrator.tuning.measured import GoOn, Measured
 from orchestrator.tuning.space import Point, recipe_with
 
@@ -36,6 +46,18 @@ from orchestrator.tuning.space import Point, recipe_with
 def units_of(training: Training) -> int:
     """After how many parts a trial can be stopped: its epochs, or its folds."""
     return training.folds or (training.epochs if training.ensemble == 1 else 1)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Of a trial that is a part of the training of a population's member."""
+
+    parent: str | None
+    """The run it goes on from."""
+    begin: int
+    """Epochs that came before."""
+    end: int
+    """Epochs after which it hands on."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +95,38 @@ class _Trial:
         self.storage, self.started = Storage(recipe.storage), time.monotonic()
         values = self.storage.read_json(f"{run}/{DATASET}")  # encoded for another model than the recipe's
         self.dataset = study.dataset if values is None else DatasetRecord.model_validate(values)
+        lineage = self.storage.read_json(f"{run}/{LINEAGE}")
+        self.lineage = None if lineage is None else Lineage(**lineage)
 
     def measured(self) -> Measured:
-        key = train_key(self.recipe, self.dataset)
-        stage = TrainStage(self.recipe, self.storage, self._engine(), ignore, self._validation_answers, is_trial=True)
+        key, lasting = self._key(), self.lineage is not None  # others may go on from it
+        if self.lineage and self.lineage.parent:
+            inherit(self.storage, self.lineage.parent, self.run)
+        stage = TrainStage(
+            self.recipe, self.storage, self._engine(), ignore, self._validation_answers, is_trial=not lasting
+        )
         if self.recipe.training.folds:
             return self._validated(stage, key)
         model = stage.train(self.dataset, key, self.run)
         self.storage.write_json(f"{self.run}/{RECORD}", model.model_dump(mode="json"))
-        told = was_told_to_stop(model, self.recipe.training)
+        told = was_told_to_stop(model, self.recipe.training) and model.epochs[-1].epoch + 1 != self._end
         return self._measured([model], scores_of(model), "pruned" if told else "complete")
+
+    def _key(self) -> str:
+        """Of the model: in a population it is what the whole line of runs made of it."""
+        key = train_key(self.recipe, self.dataset)
+        if self.lineage is None:
+            return key
+        before = self.storage.read_json(f"{self.lineage.parent}/{RECORD}") if self.lineage.parent else None
+        return sha256_json([key, self.lineage.end, before["key"] if before else None])
+
+    @property
+    def _begin(self) -> int:
+        return self.lineage.begin if self.lineage else 0
+
+    @property
+    def _end(self) -> int | None:
+        return self.lineage.end if self.lineage else None
 
     def write_hparams(self, point: Point, measured: Measured) -> None:
         write_hparams(self.storage.path(self.run), point, measured.metrics)
@@ -117,7 +161,7 @@ class _Trial:
         metrics |= {"seconds": seconds, "parameters": float(first.parameters), "size_mb": first.size_bytes / 1e6}
         if self.study.needs_latency:
             metrics["latency_ms"] = measure_here(self._predict_job(first.model_location), self._threads).latency_ms_p50
-        return Measured(state, metrics, self.run, sum(len(model.epochs) for model in models), self._seconds())
+        return Measured(state, metrics, self.run, sum(len(m.epochs) for m in models) - self._begin, self._seconds())
 
     def _seconds(self) -> float:
         return time.monotonic() - self.started
@@ -139,12 +183,16 @@ class _Trial:
         session = Session(os.environ.get("RAY_ADDRESS", ""), Resources(0, 0, 0, 0, 0), scratch, is_private=False)
         return OnRay(lambda: session, ignore, ask, self.study.placement)
 
-    def _ask_after_epoch(self, position: Position, scores: dict[str, float]) -> bool:
-        metrics = {name: scores[name] for name in QUALITY} | {"seconds": position.seconds}
-        if self.study.objective not in metrics:
+    def _ask_after_epoch(self, position: Position, scores: Scores) -> bool:
+        metrics = {name: scores.best[name] for name in QUALITY} | {"seconds": position.seconds}
+        if self.study.objective not in metrics or position.epoch == self._begin:
             return True
-        measured = Measured("complete", metrics, self.run, position.epoch, self._seconds())
-        return self.go_on(position.epoch - 1, metrics[self.study.objective], measured)
+        measured = Measured("complete", metrics, self.run, position.epoch - self._begin, self._seconds())
+        value = (metrics | scores.latest if self.lineage else metrics)[
+            self.study.objective
+        ]  # heirs get the latest weights
+        goes_on = self.go_on(position.epoch - 1, value, measured)
+        return goes_on and position.epoch != self._end
 
     def _ask_after_fold(self) -> None:
         """Raises _ToldToStop."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from orchestrator.data.dataset import Split
-from orchestrator.errors import IntegrityError, ResourceError
+from orchestrator.errors import IntegrityError, RecipeError, ResourceError
 from orchestrator.evaluation.metrics import summary
 from orchestrator.evaluation.scores import evaluate_predictions
 from orchestrator.progress import Event, Report
@@ -30,6 +30,7 @@ from orchestrator.training.stage import WITHOUT_EFFECT, TrainStage, train_key
 from orchestrator.trials import QUALITY, Trials, scores_of, units_of
 from orchestrator.tuning import outcome
 from orchestrator.tuning.keeper import Keeper
+from orchestrator.tuning.population import FIELDS, can_change, generations
 from orchestrator.tuning.space import Point, Space, including, recipe_with, value_at
 from orchestrator.tuning.study import Study, database_url
 from orchestrator.watched import Watched, eligible
@@ -51,8 +52,8 @@ class TuneStage:
     report: Report
     prepare: Callable[[Model], DatasetRecord]
     """The dataset encoded for another model."""
-    answers: Callable[[ModelRecord, DatasetRecord], np.ndarray]
-    """A saved model's probabilities [rows, classes] of the validation rows, computed as its training did."""
+    answers: Callable[[ModelRecord, DatasetRecord, Placement], np.ndarray]
+    """A saved model's probabilities [rows, classes] of the validation rows, computed as its training did, and where."""
 
     @cached_property
     def tuning(self) -> Tuning:
@@ -66,7 +67,12 @@ class TuneStage:
 
     @cached_property
     def space(self) -> Space:
-        return Space(self.plain, self.tuning.space or usual_space(self.plain))
+        if self.tuning.space:
+            return Space(self.plain, self.tuning.space)
+        usual = usual_space(self.plain)
+        if self.tuning.scheduler == "pbt":
+            usual = {path: dimension for path, dimension in usual.items() if can_change(path)}
+        return Space(self.plain, usual)
 
     @cached_property
     def objectives(self) -> tuple[str, ...]:
@@ -96,6 +102,8 @@ class TuneStage:
 
     def check(self) -> None:
         """Before anything runs. Raises RecipeError for a space, or points, that do not fit the recipe."""
+        if self.tuning.scheduler == "pbt":
+            check_population(self.plain, [parameter.path for parameter in self.space.parameters])
         self._first_points()
 
     # --------------------------------------------------------------------------------------------------------- search
@@ -109,6 +117,7 @@ class TuneStage:
             TuningFailed: there can be no winner.
             IntegrityError: the winner's model is not what the study recorded.
         """
+        self.check()
         points, study = self._first_points(), self._study(dataset)
         self._tell_of(points)
         copied = study.learn_from(self.tuning.warm_start)
@@ -171,10 +180,13 @@ class TuneStage:
         deadline = time.monotonic() + self.tuning.time_budget_s if self.tuning.time_budget_s else None
         search(
             study, trials, Room(cpus, gpus, at_once),
-            Budget(self._how_many(), units_of(self.recipe.training), deadline, self.recipe.training.max_failures),
+            Budget(
+                self._how_many(), units_of(self.recipe.training), generations(self.tuning, self.recipe.training), deadline,
+                self.recipe.training.max_failures,
+            ),
             self.connect(), Watcher(shown.begun, shown.epoch, shown.ended, shown.waiting),
         )  # fmt: skip
-        keeper.sweep()
+        keeper.sweep(is_last=True)
 
     def _how_many(self) -> int:
         return min(self.tuning.trials, len(self.space.grid())) if self.tuning.sampler == "grid" else self.tuning.trials
@@ -225,6 +237,9 @@ class TuneStage:
         if values is not None and self.storage.exists(ModelRecord.model_validate(values).model_location):
             return ModelRecord.model_validate(values)
         self.report(Event("tune", message=f"training the model of trial {winner.number}"))
+        if self.tuning.scheduler == "pbt":
+            raise IntegrityError(f"the model of the winner, trial {winner.number}, is gone from {winner.location}",
+                                 "restore it, or delete the study to start again")  # fmt: skip
         stop = None if recipe.training.folds else lambda position, scores: position.epoch < winner.epochs
         engine = OnRay(self.connect, self.report, stop, self._room()[0])  # other threads would round otherwise
         stage = TrainStage(recipe, self.storage, engine, self.report, lambda _: np.empty(0))
@@ -239,7 +254,7 @@ class TuneStage:
             IntegrityError: it is not what was recorded.
         """
         split = Split(self.storage.fetch(dataset.location, verify=False), "validation")
-        probabilities = self.answers(model, dataset)
+        probabilities = self.answers(model, dataset, self._room()[0])
         again, recorded = summary(split.labels, probabilities), scores_of(model.model_copy(update={"folds": None}))
         self._compare(winner, recorded, again, len(split))
         objective = self.objectives[0]
@@ -272,6 +287,20 @@ def _told(placement: Placement, at_once: int) -> str:
     workers = f"{placement.workers} workers each" if placement.workers > 1 else "one worker each"
     told = f"{at_once} trials at a time, {workers}, {placement.cpus_per_worker:g} CPUs per worker"
     return told + (" and a GPU" if placement.device == "cuda" else "")
+
+
+def check_population(recipe: Recipe, paths: Sequence[str]) -> None:
+    """Raises RecipeError where a run cannot be handed on in the midst of its training."""
+    training = recipe.training
+    for path in paths:
+        if not can_change(path):
+            raise RecipeError(f"tuning.scheduler is pbt, but {path} cannot change in the midst of a run",
+                              f"search some of training.{', '.join(FIELDS)}, or take another scheduler")  # fmt: skip
+    for name in ("folds", "early_stopping", "privacy"):
+        if getattr(training, name) is not None:
+            raise RecipeError(f"tuning.scheduler pbt does not go with training.{name}", "leave one of them out")
+    if training.ensemble != 1:
+        raise RecipeError("tuning.scheduler pbt does not go with training.ensemble", "leave one of them out")
 
 
 def usual_space(recipe: Recipe) -> dict[str, Dimension]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from orchestrator.progress import Event, Report, format_seconds
 from orchestrator.recipe import Model, Recipe
 from orchestrator.recipe_tuning import MAXIMIZED
 from orchestrator.records import DatasetRecord, TrialRecord
-from orchestrator.storage import DATASET, Storage
-from orchestrator.trials import Trials, units_of
+from orchestrator.storage import DATASET, LINEAGE, Storage
+from orchestrator.trials import Lineage, Trials, units_of
 from orchestrator.tuning.keeper import Keeper
 from orchestrator.tuning.measured import Measured
 from orchestrator.tuning.outcome import all_failed, is_inside, records_of
+from orchestrator.tuning.population import generations
 from orchestrator.tuning.space import Point, recipe_with
 from orchestrator.tuning.study import DEFAULT, LOCATION, Asked, Study
 
@@ -58,11 +59,19 @@ class Watched:
         self.study.note(number, **{LOCATION: self.trials.location_of(number)})
         if point == self.default:
             self.study.note(number, **{DEFAULT: True})
+        if self.study.tuning.scheduler == "pbt":
+            lineage = self._lineage(asked)
+            self.storage.write_json(f"{self.trials.location_of(number)}/{LINEAGE}", asdict(lineage))
         if any(path.startswith("model.") for path in point):
             dataset = self.prepare(recipe_with(self.recipe, point).model)
             self.storage.write_json(f"{self.trials.location_of(number)}/{DATASET}", dataset.model_dump(mode="json"))
         self.running[number] = _Running(point, time.monotonic())
         self._progress()
+
+    def _lineage(self, asked: Asked) -> Lineage:
+        part = self.study.tuning.min_epochs
+        parent = None if asked.parent is None else self.trials.location_of(asked.parent)
+        return Lineage(parent, asked.generation * part, (asked.generation + 1) * part)
 
     def epoch(self, asked: Asked, parts: int, measured: Measured) -> None:
         now = self.running[asked.number]
@@ -82,7 +91,7 @@ class Watched:
             self.keeper.decide(candidate)
         self.ended_now += 1
         self.failed += [trial] if trial.state == "failed" else []
-        self.report(Event("tune", message=self._told(trial)))
+        self.report(Event("tune", message=self._told(trial, asked.parent)))
         self._progress()
         if not self.keeper.kept and len(self.failed) == self.ended_now >= _GIVE_UP_AFTER:
             raise all_failed(self.failed)
@@ -91,8 +100,9 @@ class Watched:
         said = "no trial can begin: something else is using the cluster; see who: ray status, ray list actors"
         self.report(Event("tune", message=said))
 
-    def _told(self, trial: TrialRecord) -> str:
+    def _told(self, trial: TrialRecord, parent: int | None) -> str:
         name = f"trial {trial.number}" + (" (the recipe's own values)" if trial.is_default else "")
+        name += "" if parent is None else f", from trial {parent}"
         if trial.state == "failed":
             return f"{name} failed: {trial.error}; {_values(trial.parameters)}"
         scores = ", ".join(f"{o} {trial.metrics[o]:.4g}" for o in self.study.objectives if o in trial.metrics)
@@ -110,7 +120,8 @@ class Watched:
             figures["running"] = ", ".join(running)
         if best:
             figures[f"best {self.objective}"] = max(best) if self.objective in MAXIMIZED else min(best)
-        done, total = self.ended_before + self.ended_now, self.study.tuning.trials
+        total = self.study.tuning.trials * generations(self.study.tuning, self.recipe.training)
+        done = self.ended_before + self.ended_now
         self.report(Event("tune", done=done, total=max(done, total), figures=figures, table=self._table()))
 
     def _table(self) -> tuple[tuple[str, ...], ...]:

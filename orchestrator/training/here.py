@@ -23,7 +23,7 @@ from orchestrator.training.placement import Placement
 from orchestrator.training.recovery import keep_message, keep_traceback, until_finished
 from orchestrator.training.state import Position
 from orchestrator.training.watch import line_of
-from orchestrator.training.worker import GoOn, Place, TrainJob, train_worker
+from orchestrator.training.worker import GoOn, Place, Scores, TrainJob, train_worker
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Watchdog:
     def patient(self, go_on: GoOn) -> GoOn:
         """The answer may take long."""
 
-        def ask(position: Position, scores: dict[str, float]) -> bool:
+        def ask(position: Position, scores: Scores) -> bool:
             self.moved_s = None
             return go_on(position, scores)
 

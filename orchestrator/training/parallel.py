@@ -84,12 +84,15 @@ def state_of(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``state``: what ``state_of`` gave as ``optimizer``, whole, on every worker."""
+    """``state``: what ``state_of`` gave as ``optimizer``, whole, on every worker. Decay stays as the recipe has it."""
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     if is_sharded(network):
         named = _named(state, optimizer, network)
         set_optimizer_state_dict(network, optimizer, named, options=StateDictOptions(full_state_dict=True))
     else:
         optimizer.load_state_dict(state)
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
 
 
 def copied(state: Any) -> Any:

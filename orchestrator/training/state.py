@@ -17,7 +17,17 @@ import torch
 
 from orchestrator.errors import IntegrityError
 from orchestrator.models.checkpoint import system_errors
-from orchestrator.storage import BEST, CHECKPOINTS, MODEL, REMEDIES, Storage, best_location, checkpoint_location
+from orchestrator.storage import (
+    BEST,
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    REMEDIES,
+    Storage,
+    atomic_write,
+    best_location,
+    checkpoint_location,
+)
 from orchestrator.training.failure import Remedies
 
 _TENSORS, _POSITION = "tensors.pt", "position.json"
@@ -78,6 +88,25 @@ def publish_model(storage: Storage, run: str, best_epoch: int) -> None:
     with storage.publish(f"{run}/{MODEL}") as folder:
         shutil.copytree(storage.fetch(best), folder, dirs_exist_ok=True)
     storage.remove(best)
+
+
+def inherit(storage: Storage, parent: str, run: str) -> None:
+    """Have a new run go on from where another one ended, as if that had been its own past: log, best model, checkpoint.
+
+    Does nothing when that was done before. Raises IntegrityError, DiskFull.
+    """
+    if storage.children(f"{run}/{CHECKPOINTS}"):
+        return
+    position, folder = latest_state(storage, parent)
+    if folder is None:
+        raise IntegrityError(
+            f"the checkpoints of {parent} are gone", "restore them, or delete the study to start again"
+        )
+    with storage.publish(best_location(run, position.best_epoch)) as best:
+        shutil.copytree(storage.fetch(f"{parent}/{MODEL}"), best, dirs_exist_ok=True)
+    atomic_write(storage.path(f"{run}/{METRICS}"), storage.pull(f"{parent}/{METRICS}").read_bytes())
+    storage.push(f"{run}/{METRICS}")
+    save_state(storage, run, replace(position, finished=False, stopped_early=False), load_tensors(folder))
 
 
 def read_remedies(storage: Storage, run: str) -> Remedies:

@@ -90,8 +90,19 @@ class Place:
 
 
 Emit = Callable[[Event], None]
-GoOn = Callable[[Position, dict[str, float]], bool]
-"""Asked between two epochs, with the validation scores of the best so far: whether the run trains another."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Validation scores of two epochs."""
+
+    best: dict[str, float]
+    """Of the best so far: what the run's model would have."""
+    latest: dict[str, float]
+
+
+GoOn = Callable[[Position, Scores], bool]
+"""Asked between two epochs: whether the run trains another."""
 
 
 def train_worker(
@@ -200,8 +211,11 @@ class _Worker:
     def _is_told_to_stop(self) -> bool:
         if self.go_on is None or self.position.epoch == 0 or self.position.batch > 0:
             return False
-        no = self.log is not None and not self.go_on(self.position, self.log.scores(self.position.best_epoch))
+        no = self.log is not None and not self.go_on(self.position, self._scores(self.log))
         return self._sum_over_workers(float(no))[0] > 0
+
+    def _scores(self, log: MetricsLog) -> Scores:
+        return Scores(log.scores(self.position.best_epoch), log.scores(self.position.epoch - 1))
 
     def _open_log(self) -> MetricsLog:
         """The run may go on in another place than it began."""

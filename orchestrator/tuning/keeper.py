@@ -16,7 +16,7 @@ from orchestrator.tuning.study import Study
 
 _HEAVY = (MODEL, BEST, CHECKPOINTS, FOLDS, MEMBERS, SCRATCH)
 _LATE = 64
-"""So many stopped trials are looked at again."""
+"""So many beaten trials are looked at again."""
 
 
 class Keeper:
@@ -26,12 +26,15 @@ class Keeper:
         self.study, self.storage = study, storage
         self.maximized = [objective in MAXIMIZED for objective in study.objectives]
         self.kept: list[TrialRecord] = []
-        self.stopped = deque[TrialRecord](maxlen=_LATE)
+        self.late = deque[TrialRecord](maxlen=_LATE + 2 * study.tuning.trials)
+        self.spared = set[int]()
         for trial in ended:
             self.decide(trial)
 
     def decide(self, trial: TrialRecord) -> None:
         """About one more that has ended; collects what it beats, or itself."""
+        if self._is_population:
+            self.spared = self.study.ancestors()
         pool = [*self.kept, trial]
         measured = candidates(pool, self.study.objectives, list(self.study.tuning.constraints))
         best = [t for t in measured if is_inside(t)] or measured
@@ -41,16 +44,23 @@ class Keeper:
         self.kept = [t for t in pool if t.number in numbers]
         for beaten in (t for t in pool if t.number not in numbers):
             self._collect(beaten)
-            if beaten.state == "pruned":
-                self.stopped.append(beaten)
+            if beaten.state == "pruned" or self._is_population:
+                self.late.append(beaten)
         self.sweep()
 
-    def sweep(self) -> None:
-        """A trial that was stopped may still be writing its model when it is beaten."""
-        for trial in self.stopped:
+    def sweep(self, *, is_last: bool = False) -> None:
+        """A trial that was stopped may still be writing its model when it is beaten; one of a population may have heirs."""
+        self.spared = self.study.ancestors() if self._is_population and not is_last else set()
+        for trial in self.late:
             self._collect(trial)
 
+    @property
+    def _is_population(self) -> bool:
+        return self.study.tuning.scheduler == "pbt"
+
     def _collect(self, trial: TrialRecord) -> None:
+        if trial.number in self.spared:
+            return
         for location in (f"{trial.location}/{name}" for name in _HEAVY if trial.location):
             if not self.storage.is_local or self.storage.path(location).exists():
                 self.storage.remove(location)

@@ -66,6 +66,8 @@ class Budget:
     trials: int
     epochs: int
     """Of a trial that is not stopped."""
+    generations: int = 1
+    """Of a population: the parts of each member's training."""
     deadline: float | None = None
     """By time.monotonic()."""
     max_failures: int = 0
@@ -170,7 +172,7 @@ class _Searcher(Searcher):
             return None
         if self.waiting:
             return self.waiting.pop(0)
-        return self.study.ask() if self.study.counted() < self.budget.trials else None
+        return self.study.following(self.budget.trials, self.budget.generations)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         with self._first_error():

@@ -26,6 +26,7 @@ from orchestrator.tuning.study import (
     KIND,
     LOCATION,
     METRICS,
+    PARENT,
     POINT,
     SECONDS,
     STARTED,
@@ -51,7 +52,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         history=tuple((epoch + 1, value) for epoch, value in sorted(trial.intermediate_values.items())),
         violations=tuple(trial.constraints.values()), epochs=known.get(EPOCHS, 0), seconds=known.get(SECONDS, 0.0),
         started=known.get(STARTED, 0.0), location=known.get(LOCATION, ""), error=known.get(ERROR, ""), kind=known.get(KIND, ""),
-        is_default=known.get(DEFAULT, False),
+        is_default=known.get(DEFAULT, False), parent=known.get(PARENT),
     )  # fmt: skip
 
 

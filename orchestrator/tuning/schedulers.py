@@ -14,7 +14,7 @@ EPOCH, VALUE = "epoch", "value"
 """Keys of a trial's results: epochs done, and the objective."""
 _BRACKETS = 3
 """Of hyperband: trials are first compared after 1, 3 and 9 times ``min_epochs`` (for a reduction of 3)."""
-Name = Literal["asha", "hyperband", "median", "none"]
+Name = Literal["asha", "hyperband", "median", "pbt", "none"]
 
 
 def scheduler_name(tuning: Tuning) -> Name:
@@ -26,7 +26,7 @@ def scheduler_name(tuning: Tuning) -> Name:
 def make_scheduler(tuning: Tuning, maximize: bool, epochs: int) -> TrialScheduler:
     """``epochs``: of a trial that is not stopped."""
     mode, name = "max" if maximize else "min", scheduler_name(tuning)
-    if name == "none" or epochs <= tuning.min_epochs:
+    if name in ("none", "pbt") or epochs <= tuning.min_epochs:  # a population's trials all come to their end
         return FIFOScheduler()
     if name == "median":
         never_pause = float("inf")

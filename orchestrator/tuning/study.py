@@ -20,6 +20,7 @@ from orchestrator.errors import ModelNotFound, UserError
 from orchestrator.recipe_tuning import MAXIMIZED, Tuning
 from orchestrator.storage import STUDIES_DATABASE, Storage
 from orchestrator.tuning.measured import Measured
+from orchestrator.tuning.population import Heir, Part, next_heir
 from orchestrator.tuning.samplers import make_sampler
 from orchestrator.tuning.space import Point, Space
 
@@ -30,6 +31,7 @@ _OBJECTIVES = "objectives"
 POINT, METRICS, LOCATION, ERROR, KIND, STARTED, SECONDS, DEFAULT, EPOCHS = (
     "point", "metrics", "location", "error", "kind", "started", "seconds", "default", "epochs",
 )  # fmt: skip
+MEMBER, GENERATION, PARENT = "member", "generation", "parent"
 """User attributes of a trial."""
 
 
@@ -39,6 +41,10 @@ class Asked:
 
     number: int
     point: Point
+    generation: int = 0
+    """Of a population: how many parts of its training came before."""
+    parent: int | None = None
+    """Of a population: the trial whose weights it goes on from."""
 
 
 class Study:
@@ -84,7 +90,8 @@ class Study:
             if trial.state is not TrialState.RUNNING:
                 continue
             if POINT in trial.user_attrs:
-                left.append(Asked(trial.number, trial.user_attrs[POINT]))
+                known = trial.user_attrs
+                left.append(Asked(trial.number, known[POINT], known.get(GENERATION, 0), known.get(PARENT)))
             else:
                 self.inner.tell(trial.number, state=TrialState.FAIL)
         return left
@@ -97,6 +104,39 @@ class Study:
     def waiting(self) -> int:
         """Points that were enqueued and not begun."""
         return sum(trial.state is TrialState.WAITING for trial in self.trials())
+
+    def following(self, trials: int, generations: int = 1) -> Asked | None:
+        """The next trial of so many, or of a population the next part of so many for each; None: none, or not yet."""
+        parts = self.parts()
+        if sum(part.generation == 0 for part in parts) < trials:
+            return self.ask()
+        heir = next_heir(parts, generations, self.space, self.seed)
+        return None if heir is None else self._begin(heir)
+
+    def parts(self) -> list[Part]:
+        """The trials as parts of a population's training."""
+        sign = 1.0 if self.inner.directions[0] is optuna.study.StudyDirection.MAXIMIZE else -1.0
+        own = [trial for trial in self.trials() if POINT in trial.user_attrs]
+        founders = [trial.number for trial in own if GENERATION not in trial.user_attrs]
+        members = {number: member for member, number in enumerate(founders)}
+        return [_part(trial, members.get(trial.number, -1), sign) for trial in own]
+
+    def ancestors(self) -> set[int]:
+        """Trials whose weights others of the population may still go on from."""
+        parts = self.parts()
+        newest = max((part.generation for part in parts), default=0)
+        return {part.number for part in parts if part.generation >= newest - 1}
+
+    def _begin(self, heir: Heir) -> Asked:
+        """Its values are no sampler's choice."""
+        begun = optuna.create_trial(
+            state=TrialState.RUNNING, params=self.space.encode(heir.point),
+            distributions=self.space.distributions(heir.point),
+            user_attrs={POINT: heir.point, STARTED: time.time(), MEMBER: heir.member, GENERATION: heir.generation,
+                        PARENT: heir.parent},
+        )  # fmt: skip
+        trial_id = self.storage.create_new_trial(self.inner._study_id, template_trial=begun)
+        return Asked(self.storage.get_trial(trial_id).number, heir.point, heir.generation, heir.parent)
 
     def ask(self) -> Asked:
         """A new trial, its values chosen and written down."""
@@ -193,6 +233,13 @@ class Study:
 
     def _id(self, number: int) -> int:
         return self.storage.get_trial_id_from_study_id_trial_number(self.inner._study_id, number)
+
+
+def _part(trial: FrozenTrial, founder: int, sign: float) -> Part:
+    known, values = trial.user_attrs, trial.intermediate_values
+    value = None if ERROR in known or not values else sign * values[max(values)]
+    generation = known.get(GENERATION, 0)
+    return Part(trial.number, known.get(MEMBER, founder), generation, known[POINT], trial.state.is_finished(), value)
 
 
 def database_url(storage: Storage, tuning: Tuning, registry_url: str | None) -> str:

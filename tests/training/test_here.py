@@ -17,7 +17,7 @@ from orchestrator.storage import BEST, CHECKPOINTS, MODEL, TRACEBACK, Storage
 from orchestrator.training.here import fit_here
 from orchestrator.training.placement import Placement
 from orchestrator.training.state import Position, latest_state
-from orchestrator.training.worker import TrainJob
+from orchestrator.training.worker import Scores, TrainJob
 
 ALONE = Placement(1, "cpu", 1.0)
 
@@ -32,8 +32,9 @@ def job(reviews_csv: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPat
 def test_a_run_that_is_told_to_stop_has_the_model_of_its_best_epoch(job: TrainJob) -> None:
     asked: list[tuple[int, float]] = []
 
-    def go_on(position: Position, scores: dict[str, float]) -> bool:
-        asked.append((position.epoch, scores["macro_f1"]))
+    def go_on(position: Position, scores: Scores) -> bool:
+        assert scores.latest["epoch"] == position.epoch - 1
+        asked.append((position.epoch, scores.best["macro_f1"]))
         return position.epoch < 2
 
     mine = dataclasses.replace(job, run="train/stopped")
