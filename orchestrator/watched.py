@@ -57,7 +57,7 @@ class Watched:
     def begun(self, asked: Asked) -> None:
         number, point = asked.number, asked.point
         self.study.note(number, **{LOCATION: self.trials.location_of(number)})
-        if point == self.default:
+        if point == self.default and asked.parent is None:
             self.study.note(number, **{DEFAULT: True})
         if self.study.tuning.scheduler == "pbt":
             lineage = self._lineage(asked)
@@ -85,7 +85,7 @@ class Watched:
             number=asked.number, state=measured.state, parameters=asked.point, metrics=measured.metrics,
             violations=tuple(self.study.violations(measured).values()), epochs=measured.epochs, seconds=measured.seconds,
             location=measured.location or self.trials.location_of(asked.number), error=measured.error,
-            kind=measured.kind, is_default=asked.point == self.default,
+            kind=measured.kind, is_default=asked.point == self.default and asked.parent is None, parent=asked.parent,
         )  # fmt: skip
         for candidate in eligible(self.recipe, [trial]):
             self.keeper.decide(candidate)
