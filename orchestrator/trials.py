@@ -33,12 +33,12 @@ from orchestrator.storage import (
 )
 from orchestrator.training.folds import cross_validation, fold_runs, fold_sizes
 from orchestrator.training.here import Here
-from orchestrator.training.metrics_log import write_hparams
+from orchestrator.training.metrics_log import Scores, write_hparams
 from orchestrator.training.placement import Placement
 from orchestrator.training.stage import Engine, TrainStage, train_key
 from orchestrator.training.state import Position, inherit
 from orchestrator.training.worker import GoOn as GoOnTraining
-from orchestrator.training.worker import Scores, TrainJob
+from orchestrator.training.worker import TrainJob
 from orchestrator.tuning.measured import GoOn, Measured
 from orchestrator.tuning.space import Point, recipe_with
 

@@ -19,11 +19,12 @@ from orchestrator.models.hardware import give_back_freed_memory, keep_freed_memo
 from orchestrator.progress import Report
 from orchestrator.recipe import Training
 from orchestrator.training.failure import WorkerFailure, failure_of
+from orchestrator.training.metrics_log import Scores
 from orchestrator.training.placement import Placement
 from orchestrator.training.recovery import keep_message, keep_traceback, until_finished
 from orchestrator.training.state import Position
 from orchestrator.training.watch import line_of
-from orchestrator.training.worker import GoOn, Place, Scores, TrainJob, train_worker
+from orchestrator.training.worker import GoOn, Place, TrainJob, train_worker
 
 
 @dataclass(frozen=True)

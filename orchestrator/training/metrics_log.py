@@ -9,10 +9,20 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.storage import METRICS, TENSORBOARD, atomic_write, disk_errors
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Validation scores of two epochs."""
+
+    best: dict[str, float]
+    """Of the best so far: what the run's model would have."""
+    latest: dict[str, float]
 
 
 class MetricsLog:
@@ -34,10 +44,10 @@ class MetricsLog:
             self.handle.flush()
             self.board.write(step, {f"{kind}/{n}": float(v) for n, v in values.items() if isinstance(v, int | float)})
 
-    def scores(self, epoch: int) -> dict[str, float]:
-        """What was written of an epoch's validation."""
-        lines = read_metrics(self.file)
-        return next((line for line in lines if line["kind"] == "validation" and line["epoch"] == epoch), {})
+    def scores(self, best: int, latest: int) -> Scores:
+        """What was written of two epochs' validation."""
+        epochs = {line["epoch"]: line for line in read_metrics(self.file) if line["kind"] == "validation"}
+        return Scores(epochs.get(best, {}), epochs.get(latest, {}))
 
     def flush(self) -> None:
         """What was written so far survives a power cut."""

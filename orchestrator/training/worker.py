@@ -37,7 +37,7 @@ from orchestrator.training.failure import Diverged
 from orchestrator.training.folds import Fold, training_splits
 from orchestrator.training.freezing import freeze, frozen_sha256, load_trained_state, trained_state
 from orchestrator.training.loop import Compute, MicroBatch, class_weights, predict, train_step
-from orchestrator.training.metrics_log import MetricsLog
+from orchestrator.training.metrics_log import MetricsLog, Scores
 from orchestrator.training.mixup import blend, plan_mixup
 from orchestrator.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from orchestrator.training.parallel import copied, is_sharded, load_optimizer, place, state_of
@@ -90,15 +90,6 @@ class Place:
 
 
 Emit = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Validation scores of two epochs."""
-
-    best: dict[str, float]
-    """Of the best so far: what the run's model would have."""
-    latest: dict[str, float]
 
 
 GoOn = Callable[[Position, Scores], bool]
@@ -211,11 +202,9 @@ class _Worker:
     def _is_told_to_stop(self) -> bool:
         if self.go_on is None or self.position.epoch == 0 or self.position.batch > 0:
             return False
-        no = self.log is not None and not self.go_on(self.position, self._scores(self.log))
+        at = self.position
+        no = self.log is not None and not self.go_on(at, self.log.scores(at.best_epoch, at.epoch - 1))
         return self._sum_over_workers(float(no))[0] > 0
-
-    def _scores(self, log: MetricsLog) -> Scores:
-        return Scores(log.scores(self.position.best_epoch), log.scores(self.position.epoch - 1))
 
     def _open_log(self) -> MetricsLog:
         """The run may go on in another place than it began."""

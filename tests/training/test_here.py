@@ -15,9 +15,10 @@ from orchestrator.models.checkpoint import load_model
 from orchestrator.progress import ignore
 from orchestrator.storage import BEST, CHECKPOINTS, MODEL, TRACEBACK, Storage
 from orchestrator.training.here import fit_here
+from orchestrator.training.metrics_log import Scores
 from orchestrator.training.placement import Placement
 from orchestrator.training.state import Position, latest_state
-from orchestrator.training.worker import Scores, TrainJob
+from orchestrator.training.worker import TrainJob
 
 ALONE = Placement(1, "cpu", 1.0)
 
