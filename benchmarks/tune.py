@@ -152,10 +152,11 @@ def train_with_trainer(config: dict[str, Any], root: str, fast: bool) -> None:
         logits = np.asarray(prediction.predictions, np.float32)
         return {"macro_f1": summary(prediction.label_ids, torch.from_numpy(logits).softmax(-1).numpy())["macro_f1"]}
 
+    bf16 = fast and has_bf16(torch.device("cpu"))
     arguments = TrainingArguments(
         "trainer", per_device_train_batch_size=config["batch_size"], per_device_eval_batch_size=64, seed=SEED,
         num_train_epochs=EPOCHS, learning_rate=config["learning_rate"], weight_decay=config["weight_decay"],
-        label_smoothing_factor=config["label_smoothing"], warmup_steps=0.06, eval_strategy="epoch", bf16=fast and has_bf16(torch.device("cpu")),
+        label_smoothing_factor=config["label_smoothing"], warmup_steps=0.06, eval_strategy="epoch", bf16=bf16,
         train_sampling_strategy="group_by_length" if fast else "random", save_strategy="epoch", save_total_limit=1,
         save_only_model=True, load_best_model_at_end=True, metric_for_best_model="macro_f1", report_to="none",
         disable_tqdm=True, use_cpu=True,
