@@ -110,7 +110,7 @@ class Bound(Section):
 
 class Tuning(Section):
     trials: int = Field(default=24, ge=1, le=100_000)
-    """Trials of the study in all: after 16 of them, 32 means 16 more."""
+    """Trials of the study in all: after 16 of them, 32 means 16 more. With pbt, the members of its population."""
     time_budget_s: float | None = Field(default=None, gt=0.0)
     """No trial begins, and none goes on to another epoch, after so long. None: until all trials are done."""
     space: dict[str, Dimension] | None = None

@@ -188,10 +188,8 @@ class _Trial:
         if self.study.objective not in metrics or position.epoch == self._begin:
             return True
         measured = Measured("complete", metrics, self.run, position.epoch - self._begin, self._seconds())
-        value = (metrics | scores.latest if self.lineage else metrics)[
-            self.study.objective
-        ]  # heirs get the latest weights
-        goes_on = self.go_on(position.epoch - 1, value, measured)
+        latest = metrics | scores.latest if self.lineage else metrics  # of the weights that an heir would get
+        goes_on = self.go_on(position.epoch - 1, latest[self.study.objective], measured)
         return goes_on and position.epoch != self._end
 
     def _ask_after_fold(self) -> None:

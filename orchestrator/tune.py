@@ -84,11 +84,15 @@ class TuneStage:
 
     def study_key(self, dataset: DatasetRecord) -> str:
         """Of everything that makes trials comparable with each other."""
-        recipe = self.plain
+        recipe, apart = self.plain, _ONLY_HOW_MANY
+        if (
+            self.tuning.scheduler == "pbt"
+        ):  # another population is another study: its members were ranked without the new
+            apart = apart - {"trials"}
         return sha256_json([
             dataset.key, recipe.model.model_dump(mode="json"), recipe.seed, self.objectives,
             recipe.training.model_dump(mode="json", exclude=WITHOUT_EFFECT | {"workers", "device"}),
-            self.tuning.model_dump(mode="json", exclude=_ONLY_HOW_MANY | {"space", "objectives"}),
+            self.tuning.model_dump(mode="json", exclude=apart | {"space", "objectives"}),
             {p.path: p.dimension.model_dump(mode="json") for p in self.space.parameters},
         ])  # fmt: skip
 
@@ -117,7 +121,6 @@ class TuneStage:
             TuningFailed: there can be no winner.
             IntegrityError: the winner's model is not what the study recorded.
         """
-        self.check()
         points, study = self._first_points(), self._study(dataset)
         self._tell_of(points)
         copied = study.learn_from(self.tuning.warm_start)
@@ -171,7 +174,10 @@ class TuneStage:
             self.plain, dataset, self.location(dataset), self.objectives[0], "latency_ms" in needed, placement
         )
         keeper = Keeper(
-            study, self.storage, eligible(self.recipe, (t for t in outcome.records_of(study) if t.state != "running"))
+            study,
+            self.storage,
+            eligible(self.recipe, (t for t in outcome.records_of(study) if t.state != "running")),
+            generations(self.tuning, self.recipe.training),
         )
         shown = Watched(self.recipe, study, trials, keeper, self.storage, self.prepare, self.report, self.default())
         own_workers = placement.workers > 1  # they take the room, the trial's own process only waits for them
@@ -186,7 +192,7 @@ class TuneStage:
             ),
             self.connect(), Watcher(shown.begun, shown.epoch, shown.ended, shown.waiting),
         )  # fmt: skip
-        keeper.sweep(is_last=True)
+        keeper.sweep()
 
     def _how_many(self) -> int:
         return min(self.tuning.trials, len(self.space.grid())) if self.tuning.sampler == "grid" else self.tuning.trials

@@ -22,8 +22,9 @@ _LATE = 64
 class Keeper:
     """Being beaten is for ever, so what is kept so far and a new trial are all that has to be compared."""
 
-    def __init__(self, study: Study, storage: Storage, ended: Iterable[TrialRecord]) -> None:
-        self.study, self.storage = study, storage
+    def __init__(self, study: Study, storage: Storage, ended: Iterable[TrialRecord], generations: int = 1) -> None:
+        """``generations``: of a population; 1 if the study is none."""
+        self.study, self.storage, self.generations = study, storage, generations
         self.maximized = [objective in MAXIMIZED for objective in study.objectives]
         self.kept: list[TrialRecord] = []
         self.late = deque[TrialRecord](maxlen=_LATE + 2 * study.tuning.trials)
@@ -33,8 +34,7 @@ class Keeper:
 
     def decide(self, trial: TrialRecord) -> None:
         """About one more that has ended; collects what it beats, or itself."""
-        if self._is_population:
-            self.spared = self.study.ancestors()
+        self._look_for_heirs()
         pool = [*self.kept, trial]
         measured = candidates(pool, self.study.objectives, list(self.study.tuning.constraints))
         best = [t for t in measured if is_inside(t)] or measured
@@ -44,19 +44,18 @@ class Keeper:
         self.kept = [t for t in pool if t.number in numbers]
         for beaten in (t for t in pool if t.number not in numbers):
             self._collect(beaten)
-            if beaten.state == "pruned" or self._is_population:
+            if beaten.state == "pruned" or beaten.number in self.spared:
                 self.late.append(beaten)
         self.sweep()
 
-    def sweep(self, *, is_last: bool = False) -> None:
+    def sweep(self) -> None:
         """A trial that was stopped may still be writing its model when it is beaten; one of a population may have heirs."""
-        self.spared = self.study.ancestors() if self._is_population and not is_last else set()
+        self._look_for_heirs()
         for trial in self.late:
             self._collect(trial)
 
-    @property
-    def _is_population(self) -> bool:
-        return self.study.tuning.scheduler == "pbt"
+    def _look_for_heirs(self) -> None:
+        self.spared = self.study.ancestors(self.generations) if self.generations > 1 else set()
 
     def _collect(self, trial: TrialRecord) -> None:
         if trial.number in self.spared:

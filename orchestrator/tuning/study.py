@@ -121,10 +121,13 @@ class Study:
         members = {number: member for member, number in enumerate(founders)}
         return [_part(trial, members.get(trial.number, -1), sign) for trial in own]
 
-    def ancestors(self) -> set[int]:
-        """Trials whose weights others of the population may still go on from."""
+    def ancestors(self, generations: int) -> set[int]:
+        """Trials whose weights others of the population may still go on from: none when all are over."""
         parts = self.parts()
         newest = max((part.generation for part in parts), default=0)
+        over = sum(part.is_over for part in parts if part.generation == generations - 1)
+        if over == sum(part.generation == 0 for part in parts):
+            return set()
         return {part.number for part in parts if part.generation >= newest - 1}
 
     def _begin(self, heir: Heir) -> Asked:

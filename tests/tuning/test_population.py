@@ -1,22 +1,28 @@
 """Population-based training: who goes on from whom; runs that are handed on; a study of them on Ray."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from spaces import PLAIN, space_of
 from studying import Studying, recipe_text
 from test_tune_stage import _Each, kill_trial
 
-from orchestrator.errors import RecipeError
+from orchestrator.errors import IntegrityError, RecipeError
 from orchestrator.models.checkpoint import load_model
+from orchestrator.recipe_tuning import Tuning
 from orchestrator.records import TrialRecord
 from orchestrator.session import Session
-from orchestrator.storage import CHECKPOINTS, METRICS, MODEL, TRIALS
+from orchestrator.storage import CHECKPOINTS, METRICS, MODEL, TRIALS, Storage
 from orchestrator.training.metrics_log import read_metrics
+from orchestrator.training.state import Position, inherit, latest_state, load_tensors, save_state
+from orchestrator.tuning.measured import Measured
 from orchestrator.tuning.population import Heir, Part, explored, next_heir
+from orchestrator.tuning.study import Asked, Study
 
 SPACE = space_of({"training.learning_rate": {"log_uniform": [1e-5, 1e-3]}})
 
@@ -82,6 +88,51 @@ def test_a_field_comes_into_a_changed_point_with_the_one_it_depends_on() -> None
     found = [explored({"training.focal_gamma": 2.0}, space, random.Random(seed)) for seed in range(40)]
     assert all(space.contains(point) for point in found)
     assert {len(point) for point in found} == {1, 2}
+
+
+def test_a_population_that_was_ended_goes_on_where_it_was_and_keeps_what_heirs_need(tmp_path: Path) -> None:
+    def opened() -> Study:
+        return Study(f"sqlite:///{tmp_path}/s.db", "s", Tuning(trials=4, scheduler="pbt"), SPACE, ["loss"], seed=17)
+
+    def end(asked: Asked) -> None:
+        study.report(asked.number, asked.generation, float(asked.number))
+        study.tell(asked.number, Measured("complete", {"loss": float(asked.number)}, epochs=1))
+
+    study = opened()
+    for _ in range(4):
+        end(study.following(4, 3))
+    heir = study.following(4, 3)
+    assert heir is not None and (heir.generation, heir.parent) == (1, 0)
+    study = opened()  # the driver was killed
+    assert study.unfinished() == [heir], "it is the same part of the same line"
+    assert study.ancestors(3) == set(range(5))
+    asked: Asked | None = heir
+    while asked is not None:
+        end(asked)
+        study = opened()
+        asked = study.following(4, 3)
+    assert [(p.member, p.generation) for p in study.parts()] == [(m, g) for g in range(3) for m in range(4)]
+    assert study.ancestors(3) == set(), "nobody comes after the last generation"
+
+
+def test_a_run_that_is_handed_on_has_its_parents_past_and_may_be_handed_on_again_after_a_kill(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    with storage.publish("parent/model") as folder:
+        (folder / "weights").write_bytes(b"best")
+    storage.path("parent/metrics.jsonl").write_text('{"step": 8}')
+    position = Position(epoch=2, step=8, best_epoch=1, finished=True, stopped_early=True)
+    save_state(storage, "parent", position, {"network": {"w": torch.ones(3)}})
+    inherit(storage, "parent", "heir")
+    storage.remove("heir/checkpoints")  # as when it was killed before the last thing that is written
+    for _ in range(2):
+        inherit(storage, "parent", "heir")
+    found, folder = latest_state(storage, "heir")
+    assert found == replace(position, finished=False, stopped_early=False) and folder is not None
+    assert torch.equal(load_tensors(folder)["network"]["w"], torch.ones(3))
+    assert (storage.fetch("heir/best/epoch-00001") / "weights").read_bytes() == b"best"
+    assert storage.path("heir/metrics.jsonl").read_text() == '{"step": 8}'
+    with pytest.raises(IntegrityError, match="the checkpoints of nobody are gone"):
+        inherit(storage, "nobody", "another")
 
 
 POPULATION = "trials: 4, scheduler: pbt, objectives: {minimize: loss}"
