@@ -27,7 +27,7 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # logs an error at each run where there is no preemption notice
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late to notice our leaving must not start another Ray
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # of the processes that we start; of this one see _start_no_other
     "RAY_DEDUP_LOGS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -113,11 +113,20 @@ def connect(address: str | None = None, *, token_path: str | None = None) -> Ite
             "give HOST:6379, or hand the work to the job server: orchestrator submit VERB RECIPE --address URL",
         )
     scratch = Path(tempfile.mkdtemp(prefix="orch-", dir=_scratch_root()))
+    _start_no_other()
     try:
         with _private(scratch) if address is None else _joined(address, scratch, token_path) as session:
             yield session
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start_no_other() -> None:
+    """A thread that is late to notice our leaving must not start another Ray: Ray would, and asks the environment whether it
+    may when it is imported, which may have been before."""
+    from ray._private import auto_init_hook
+
+    auto_init_hook.enable_auto_connect = False
 
 
 @contextlib.contextmanager

@@ -95,3 +95,19 @@ print("gone" if not os.path.exists(f"/proc/{pid}") else pid)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert ran.stdout.splitlines()[-1:] == ["gone"], ran.stderr[-3000:]
+
+
+@pytest.mark.ray
+def test_what_comes_too_late_starts_no_other_ray() -> None:
+    """Also where Ray was imported before there was a session, and so has not seen the session's environment."""
+    program = (
+        "import os; os.environ.pop('RAY_ENABLE_AUTO_CONNECT', None)\n"
+        "import ray\nfrom orchestrator.session import connect\n"
+        "with connect():\n    assert ray.is_initialized()\n"
+        "try:\n    ray.put(1)\n"
+        "except Exception as error:\n    print(type(error).__name__)\n"
+        "assert not ray.is_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip(), "it was refused"

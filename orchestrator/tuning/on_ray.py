@@ -310,15 +310,21 @@ class _Trial(tune.Trainable):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
+    """For good when the block is interrupted: Tune's thread then goes on until the process ends."""
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    interrupted = True
     try:
         yield
+        interrupted = False
+    except Exception:
+        interrupted = False
+        raise
     finally:
         for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+            logger.setLevel(logging.CRITICAL if interrupted else level)
 
 
 @contextlib.contextmanager
