@@ -53,6 +53,7 @@ def plan_run(pipeline: Pipeline) -> dict[str, Any]:
         "train": f"{rows} rows, {recipe.training.epochs} epochs, {steps} steps of {recipe.training.batch_size} rows",
         **_told(recipe.training, len(rows_of_runs), at_once),
         **_tuning(pipeline, at_once),
+        **_compression(pipeline),
         "workers": f"{workers} on {available_cpus()} CPUs and {torch.cuda.device_count()} GPUs of this machine",
         "memory": f"{memory / 1e9:.1f} GB for weights and optimiser over all workers, activations come on top",
         "disk": f"about {disk / 1e9:.1f} GB of {free / 1e9:.0f} GB free",
@@ -91,6 +92,19 @@ def _tuning(pipeline: Pipeline, at_once: int) -> dict[str, str]:
     told_of_all = "steps and time are of all of them, if none is stopped early"
     objectives = ", ".join(stage.objectives)
     return {"tune": f"{tuning.trials} trials, {at_once} at a time, for {objectives}; {told_of_all}; searched: {fields}"}
+
+
+def _compression(pipeline: Pipeline) -> dict[str, str]:
+    settings = pipeline.recipe.compression
+    if settings is None:
+        return {}
+    stage = pipeline.compress_stage(None)
+    stage.check()
+    here = [name for name, why in stage.forms.items() if not why]
+    limits = ", ".join(f"{name} {value:g}" for name, value in settings.limits if value is not None) or "none"
+    return {"compress": f"{settings.trials} candidates for {', '.join(settings.objectives)}; limits: {limits}; each student "
+                        f"takes {settings.recovery.epochs} epochs or fewer, smaller ones less; forms to be had here: "
+                        f"{', '.join(here)}"}  # fmt: skip
 
 
 def _workers(pipeline: Pipeline) -> tuple[int, int]:

@@ -32,7 +32,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALU
 StorageRoot = Annotated[str | None, typer.Option("--storage", metavar="URL", help="Where results live.")]
 Address = Annotated[str | None, typer.Option("--address", metavar="HOST:PORT", help="A running Ray cluster.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON on the last line.")]
-VERBS = ("prepare", "tune", "train", "evaluate", "promote", "serve", "run")
+VERBS = ("prepare", "tune", "train", "compress", "evaluate", "promote", "serve", "run")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -129,6 +129,17 @@ def tune(
         run_verb("check", recipe, set_, storage, None, json_, plan_run)
     else:
         run_verb("tune", recipe, set_, storage, address, json_)
+
+
+@app.command()
+def compress(
+    recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
+    json_: AsJson = False,
+    version: Annotated[int | None, typer.Option(help="Compress this version, and register what comes of it.")] = None,
+) -> None:  # fmt: skip
+    """Make the trained model smaller and faster within the recipe's limits; goes on with the sweep after a stop."""
+    act = None if version is None else lambda pipeline: pipeline.compress_version(version)
+    run_verb("compress", recipe, set_, storage, address, json_, act)
 
 
 @app.command()

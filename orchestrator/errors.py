@@ -13,6 +13,7 @@
         ├── DiskFull             (OSError)           no room left; what was written before is intact
         ├── TrainingFailed       (RuntimeError)      the training loop raised on some worker
         ├── TuningFailed         (RuntimeError)      no trial of a study can be the winner
+        ├── CompressionFailed    (RuntimeError)      a model could not be made smaller, or no candidate keeps the limits
         ├── ServingFailed        (RuntimeError)      the endpoint did not come up
         └── ConflictError        (RuntimeError)      somebody else changed it in the meantime
 
@@ -83,6 +84,10 @@ class TrainingFailed(StageError, RuntimeError):
 
 
 class TuningFailed(StageError, RuntimeError):
+    pass
+
+
+class CompressionFailed(StageError, RuntimeError):
     pass
 
 

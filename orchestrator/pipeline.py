@@ -1,4 +1,4 @@
-"""The story: prepare -> train -> evaluate -> promote -> serve, one function per stage, record in, record out.
+"""The story: prepare -> train -> compress -> evaluate -> promote -> serve, one function per stage, record in, record out.
 
 The only file that knows the order and introduces rooms to each other. A stage's key hashes everything it reads; a stage
 whose record is already there under its key does nothing. Ray is started when the first stage needs it, and only then.
@@ -9,31 +9,29 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import numpy as np
-
 import orchestrator
-from orchestrator.data.dataset import SLICE, Split
+from orchestrator.data.dataset import Split
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.prepare import content_key
 from orchestrator.data.prepare import prepare as prepare_dataset
 from orchestrator.data.schema import infer_schema
 from orchestrator.data.sources import Source, open_source
 from orchestrator.errors import ModelNotFound, RecipeError, ServingFailed
-from orchestrator.evaluation.predictions import picture_of, read_predictions, write_predictions
-from orchestrator.evaluation.scores import evaluate_predictions, slice_scores
+from orchestrator.evaluation.predictions import read_predictions
 from orchestrator.progress import Event, Report, format_seconds, ignore
 from orchestrator.recipe import Model, Recipe
-from orchestrator.recipe_file import parse_recipe, to_yaml
+from orchestrator.recipe_file import parse_recipe
 from orchestrator.records import (
+    CompressionRecord,
     DatasetRecord,
     EndpointRecord,
     EvaluationRecord,
@@ -48,21 +46,20 @@ from orchestrator.registry.store import CHALLENGER, CHAMPION, Registry
 from orchestrator.session import Session, connect, lasting_storage, refuse_unshared_storage
 from orchestrator.storage import (
     EVALUATION,
-    METRICS,
     MODEL,
+    MODEL_RECORD,
     PREDICTIONS,
     RECIPE,
     RECORD,
     REPORT,
     Storage,
-    sha256_json,
     stage_location,
 )
 from orchestrator.tasks import TASKS
 
 if TYPE_CHECKING:
-    from orchestrator.evaluation.on_ray import Cost, PredictJob
-    from orchestrator.training.placement import Placement
+    from orchestrator.compress import CompressStage
+    from orchestrator.evaluate import EvaluateStage
     from orchestrator.tune import TuneStage
 
 _SAMPLE_IMAGES = 64
@@ -115,8 +112,7 @@ class Pipeline:
     def walk(self, verb: str) -> Record | dict[str, Any]:
         """Every stage up to ``verb``; returns its record, or all records for ``run``."""
         records: dict[str, Any] = {"stage": "run", "name": self.recipe.name}
-        if self.recipe.tuning and verb != "prepare":
-            self.tune_stage().check()
+        self._check_searches(verb)
         dataset = records["prepare"] = self.prepare()
         if verb == "prepare":
             return dataset
@@ -131,6 +127,11 @@ class Pipeline:
             model = records["train"] = self.train(dataset)
         if verb == "train":
             return model
+        if self.recipe.compression:
+            compressed = records["compress"] = self.compress(model, dataset, records.get("tune"))
+            if verb == "compress":
+                return compressed
+            model = compressed.model
         evaluation = records["evaluate"] = self.evaluate(model, dataset)
         if verb == "evaluate":
             return evaluation
@@ -139,6 +140,15 @@ class Pipeline:
             return decision
         records["serve"] = self.serve(self.version_to_serve())
         return {name: r.model_dump(mode="json") if isinstance(r, Record) else r for name, r in records.items()}
+
+    def _check_searches(self, verb: str) -> None:
+        """What is wrong in them is said before anything runs."""
+        if verb == "compress" and not self.recipe.compression:
+            raise RecipeError("the recipe has no compression section", "add one: compression: {trials: 24}")
+        if self.recipe.tuning and verb != "prepare":
+            self.tune_stage().check()
+        if self.recipe.compression and verb not in ("prepare", "tune", "train"):
+            self.compress_stage(None).check()
 
     # ------------------------------------------------------------------------------------------------------- prepare
 
@@ -177,7 +187,7 @@ class Pipeline:
         from orchestrator.training.stage import TrainStage
 
         engine = OnRay(lambda: self.session, self.report)
-        predict = partial(self._predict, dataset=dataset, split="validation", stage="train")
+        predict = partial(self.evaluate_stage.predict, dataset=dataset, split="validation", stage="train")
         return TrainStage(self.recipe, self.storage, engine, self.report, predict).train(dataset, key)
 
     # ---------------------------------------------------------------------------------------------------------- tune
@@ -190,7 +200,9 @@ class Pipeline:
     def tune_stage(self) -> TuneStage:
         from orchestrator.tune import TuneStage
 
-        return TuneStage(self.recipe, self.storage, lambda: self.session, self.report, self.prepare, self._validated)
+        return TuneStage(
+            self.recipe, self.storage, lambda: self.session, self.report, self.prepare, self.evaluate_stage.validated
+        )
 
     def dataset_of(self, study: StudyRecord, dataset: DatasetRecord) -> DatasetRecord:
         """As the winner reads it: for another backbone it is encoded anew."""
@@ -199,101 +211,78 @@ class Pipeline:
         model = recipe_with(self.recipe, study.winner.parameters).model
         return dataset if model == self.recipe.model else self.prepare(model)
 
-    def _validated(self, model: ModelRecord, dataset: DatasetRecord, placement: Placement) -> np.ndarray:
-        """With the number format, shares and threads of its training, for the same rounding."""
-        from orchestrator.evaluation.on_ray import predict_split
+    # ------------------------------------------------------------------------------------------------------ compress
 
-        job = replace(self._predict_job(model.model_location, dataset, "validation")[0], bf16=model.precision == "bf16")
-        rows = dataset.splits["validation"].rows
-        return predict_split(job, rows, placement.workers, placement.cpus_per_worker, self.report)
+    def compress(self, model: ModelRecord, dataset: DatasetRecord, study: StudyRecord | None) -> CompressionRecord:
+        """Make a trained model smaller and faster, going on with the sweep if an earlier run was cut short."""
+        return self._compress(self.compress_stage(study), model, dataset)
+
+    def _compress(self, stage: CompressStage, model: ModelRecord, dataset: DatasetRecord) -> CompressionRecord:
+        return self._once(
+            "compress", stage.key(model, dataset), CompressionRecord, lambda: stage.compress(model, dataset),
+            stage.location(model, dataset),
+        )  # fmt: skip
+
+    def compress_version(self, number: int) -> dict[str, Any]:
+        """Compress a registered version, and register what comes of it. Raises ModelNotFound."""
+        self._check_searches("compress")
+        version = self.registry.get(self.recipe.name, number)
+        folder = self.registry.open(version)
+        if not (folder / MODEL_RECORD).is_file():
+            raise ModelNotFound(f"version {number} of {version.name} was registered without the record of its training",
+                                "compress the model by its recipe, without --version")  # fmt: skip
+        trained = ModelRecord.model_validate_json((folder / MODEL_RECORD).read_text(encoding="utf-8"))
+        model = trained.model_copy(update={"model_location": f"{version.location}/{MODEL}"})
+        recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
+        dataset = self.prepare(recipe.model)
+        stage = self.compress_stage(None, recipe.model_copy(update={"compression": self.recipe.compression}))
+        compressed = self._compress(stage, model, dataset)
+        evaluation = self.evaluate(compressed.model, dataset)
+        promoted = self.promote(compressed.model, dataset, evaluation, (number,))
+        records = {"compress": compressed, "evaluate": evaluation, "promote": promoted}
+        told = {name: record.model_dump(mode="json") for name, record in records.items()}
+        return {"stage": "run", "name": self.recipe.name, **told}
+
+    def compress_stage(self, study: StudyRecord | None, trained_by: Recipe | None = None) -> CompressStage:
+        """``study``: whose winner is compressed, if the model comes from a search. ``trained_by``: the recipe of a model that
+        is not this recipe's."""
+        from orchestrator.compress import CompressStage
+        from orchestrator.tuning.space import recipe_with
+
+        recipe = recipe_with(trained_by or self.recipe, study.winner.parameters if study else {})
+        recipe = recipe.model_copy(update={"storage": self.storage.url})
+        return CompressStage(recipe, self.storage, lambda: self.session, self.report, self.evaluate_stage.validated)
 
     # ------------------------------------------------------------------------------------------------------ evaluate
 
     def evaluate(self, model: ModelRecord, dataset: DatasetRecord) -> EvaluationRecord:
         """Score the test rows, measure what an answer costs, write the report."""
-        settings = self.recipe.evaluation.model_dump(mode="json")
-        key = sha256_json([model.key, dataset.key, settings, self.recipe.seed])
-        return self._once("evaluate", key, EvaluationRecord, lambda: self._evaluate(model, dataset, key))
+        stage = self.evaluate_stage
+        return self._once(
+            "evaluate", stage.key(model, dataset), EvaluationRecord, lambda: stage.evaluate(model, dataset)
+        )
 
-    def _evaluate(self, model: ModelRecord, dataset: DatasetRecord, key: str) -> EvaluationRecord:
-        started = time.monotonic()
-        self.report(Event("evaluate", message=f"{dataset.splits['test'].rows} test rows"))
-        probabilities = self._predict(model.model_location, dataset, "test", "evaluate")
-        cost = self._cost(model.model_location, dataset)
-        split = Split(self.storage.fetch(dataset.location, verify=False), "test")
-        labels, settings = split.labels, self.recipe.evaluation
-        scores = evaluate_predictions(labels, probabilities, dataset.labels, samples=settings.bootstrap_samples,
-                                      confidence=settings.confidence, seed=self.recipe.seed)  # fmt: skip
-        location = stage_location("evaluate", self.recipe.name, key)
-        record = EvaluationRecord(
-            name=self.recipe.name, key=key, location=location, model=model.key, dataset=dataset.key, rows=len(labels),
-            metrics=scores.metrics, per_class=scores.per_class, confusion=scores.confusion,
-            slices={c: slice_scores(labels, probabilities, split.column(f"{SLICE}{c}").to_pylist()) for c in dataset.slices},
-            latency_ms_p50=cost.latency_ms_p50, latency_ms_p95=cost.latency_ms_p95,
-            throughput_per_s=cost.throughput_per_s, size_bytes=model.size_bytes, report=f"{location}/{REPORT}",
-            predictions=f"{location}/{PREDICTIONS}", seconds=time.monotonic() - started,
-        )  # fmt: skip
-        with self.storage.publish(location) as folder:
-            write_predictions(folder / PREDICTIONS, split, probabilities, dataset.labels)
-            self._write_report(folder / REPORT, record, model, dataset, probabilities)
-            (folder / RECIPE).write_text(to_yaml(self.recipe), encoding="utf-8")
-            (folder / RECORD).write_text(record.model_dump_json(indent=2), encoding="utf-8")
-        return record
+    @cached_property
+    def evaluate_stage(self) -> EvaluateStage:
+        from orchestrator.evaluate import EvaluateStage
 
-    def _predict(self, model: str, dataset: DatasetRecord, split: str, stage: str) -> np.ndarray:
-        """A saved model's probabilities [rows, classes] for a split. ``stage``: the one it is done for."""
-        from orchestrator.evaluation.on_ray import predict_split
-
-        job, placement = self._predict_job(model, dataset, split)
-        return predict_split(
-            job, dataset.splits[split].rows, placement.workers, placement.cpus_per_worker,
-            lambda event: self.report(replace(event, stage=stage)),
-        )  # fmt: skip
-
-    def _cost(self, model: str, dataset: DatasetRecord) -> Cost:
-        from orchestrator.evaluation.on_ray import measure_cost
-
-        job, placement = self._predict_job(model, dataset, "test")
-        return measure_cost(job, placement.cpus_per_worker)
-
-    def _predict_job(self, model: str, dataset: DatasetRecord, split: str) -> tuple[PredictJob, Placement]:
-        from orchestrator.evaluation.on_ray import PredictJob
-        from orchestrator.training.placement import place_workers
-
-        placement = place_workers(self.recipe.training, self.session.resources)
-        size = self.recipe.evaluation.batch_size
-        return PredictJob(self.recipe.storage, model, dataset.location, split, size, placement.device), placement
-
-    def _write_report(
-        self,
-        path: Path,
-        record: EvaluationRecord,
-        model: ModelRecord,
-        dataset: DatasetRecord,
-        probabilities: np.ndarray,
-    ) -> None:
-        from orchestrator.evaluation.report import TestRows, write_report
-        from orchestrator.training.metrics_log import read_metrics
-
-        split = Split(self.storage.fetch(dataset.location, verify=False), "test")
-        size = dataset.image_size
-        picture = None if size is None else lambda row: picture_of(split, row, size)
-        rows = TestRows(split.labels, probabilities, split.column("raw").to_pylist(), picture)
-        run = model.ensemble.members[0].location if model.ensemble else model.location
-        metrics = read_metrics(self.storage.pull(f"{run}/{METRICS}"))
-        steps = [(m["step"], m["loss"]) for m in metrics if m["kind"] == "train"]
-        write_report(path, record, model, dataset, rows, steps, self.recipe.evaluation.mistakes)
+        return EvaluateStage(self.recipe, self.storage, lambda: self.session, self.report)
 
     # ------------------------------------------------------------------------------------------------------- promote
 
-    def promote(self, model: ModelRecord, dataset: DatasetRecord, evaluation: EvaluationRecord) -> VersionRecord | Hold:
-        """Register the model; make it champion if it is better than the present one on the same test rows."""
-        version = self._register(model, dataset, evaluation)
+    def promote(
+        self, model: ModelRecord, dataset: DatasetRecord, evaluation: EvaluationRecord, parents: tuple[int, ...] = ()
+    ) -> VersionRecord | Hold:
+        """Register the model; make it champion if it is better than the present one on the same test rows, or as good and
+        made from it by compression. ``parents``: versions it was made from."""
+        version = self._register(model, dataset, evaluation, parents)
         if CHAMPION in version.aliases:
             return version.model_copy(update={"decision": version.decision or "already champion"})
         champion = self._champion()
         rival = None if champion is None else self._answers_of_champion(champion, dataset)
-        verdict = decide(self._answers(evaluation), rival, self.recipe.promotion, self.recipe.seed)
+        compressed = champion is not None and model.parent == champion.model and self.recipe.compression
+        allowed = compressed.limits.macro_f1_drop if compressed else None
+        verdict = decide(self._answers(evaluation), rival, self.recipe.promotion, self.recipe.seed, allowed)
         expected = None if champion is None else champion.version
         if isinstance(verdict, Promote):
             self.registry.set_alias(version.name, CHAMPION, version.version, verdict.reason, expected=expected)
@@ -301,16 +290,21 @@ class Pipeline:
         self.registry.set_alias(version.name, CHALLENGER, version.version, verdict.reason)
         return Hold(name=version.name, version=version.version, champion=expected, reason=verdict.reason)
 
-    def _register(self, model: ModelRecord, dataset: DatasetRecord, evaluation: EvaluationRecord) -> VersionRecord:
+    def _register(
+        self, model: ModelRecord, dataset: DatasetRecord, evaluation: EvaluationRecord, parents: tuple[int, ...]
+    ) -> VersionRecord:
         draft = VersionRecord(
             name=self.recipe.name, version=0, location="", model=model.key, dataset=dataset.key,
             evaluation=evaluation.key, metrics={n: i.value for n, i in evaluation.metrics.items()},
-            code_version=code_version(), created_at=datetime.now(UTC).isoformat(), manifest_sha256="",
+            code_version=code_version(), created_at=datetime.now(UTC).isoformat(), manifest_sha256="", parents=parents,
         )  # fmt: skip
         results = self.storage.fetch(evaluation.location)
         files = {MODEL: self.storage.fetch(model.model_location), RECIPE: self.storage.pull(f"{model.location}/{RECIPE}"),
                  EVALUATION: results / RECORD, REPORT: results / REPORT}  # fmt: skip
-        return self.registry.register(draft, files)
+        with tempfile.TemporaryDirectory() as scratch:
+            files[MODEL_RECORD] = Path(scratch) / MODEL_RECORD
+            files[MODEL_RECORD].write_text(model.model_dump_json(indent=2), encoding="utf-8")
+            return self.registry.register(draft, files)
 
     def _champion(self) -> VersionRecord | None:
         try:
@@ -330,7 +324,7 @@ class Pipeline:
         self.report(Event("promote", message=f"the data has changed: asking version {champion.version} again"))
         recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
         encoded_for_it = self.prepare(recipe.model)
-        probabilities = self._predict(f"{champion.location}/{MODEL}", encoded_for_it, "test", "promote")
+        probabilities = self.evaluate_stage.predict(f"{champion.location}/{MODEL}", encoded_for_it, "test", "promote")
         split = Split(self.storage.fetch(encoded_for_it.location, verify=False), "test")
         return Answers(split.column("row").to_numpy(), split.labels, probabilities.argmax(axis=1))
 

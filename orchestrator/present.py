@@ -78,6 +78,24 @@ def _tune(v: Values) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+def _compress(v: Values) -> list[tuple[str, str]]:
+    winner, before, front = v["winner"], v["before"], len(v["pareto"])
+    m = winner["metrics"]
+    return [
+        ("compress", f"{v['trials']} candidates ({v['failed']} failed); {front} within the limits that no other beats"),
+        ("chosen", f"candidate {winner['number']}: "
+                   + _some([f"{path.removeprefix('compression.')} {_value(x)}" for path, x in winner["parameters"].items()])),
+        ("quality", f"validation macro_f1 {m['macro_f1']:.4f} (uncompressed {before['macro_f1']:.4f}), the same label on "
+                    f"{m['agreement']:.1%} of the rows"),
+        ("cost", f"{m['latency_ms']:.2f} ms per input, {m['speedup']:.1f} times as fast ({before['latency_ms']:.2f} ms); "
+                 f"{m['throughput_per_s']:.0f} inputs/s in batches, {m['batch_speedup']:.1f} times"),
+        ("size", f"{m['size_mb']:.1f} MB, 1/{before['size_mb'] / m['size_mb']:.1f} of {before['size_mb']:.1f} MB"),
+        *([("worse", _some([f"{name}: {c['before']:.4f} to {c['after']:.4f}" for name, c in v["classes"].items()
+                            if c["is_flagged"]]))] if any(c["is_flagged"] for c in v["classes"].values()) else []),
+        ("report", v["report"]),
+    ]  # fmt: skip
+
+
 _ENDS = {"complete": "complete", "pruned": "stopped early", "failed": "failed"}
 
 
@@ -148,8 +166,8 @@ def _check(v: Values) -> list[tuple[str, str]]:
 
 
 _STAGES: dict[str, Callable[[Values], list[tuple[str, str]]]] = {
-    "prepare": _prepare, "tune": _tune, "train": _train, "evaluate": _evaluate, "promote": _promote, "serve": _serve,
-    "check": _check,
+    "prepare": _prepare, "tune": _tune, "train": _train, "compress": _compress, "evaluate": _evaluate,
+    "promote": _promote, "serve": _serve, "check": _check,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from orchestrator.recipe_compression import Compression
 from orchestrator.recipe_tuning import Tuning
 from orchestrator.section import Fraction, Name, Section
 
@@ -178,6 +179,15 @@ class Privacy(Section):
     """Probability with which that may not hold; below 1 / training rows."""
 
 
+class Distillation(Section):
+    weight: Fraction = 0.7
+    """Share of each row's loss that measures the distance to the teacher's answer; the rest that to the label."""
+    temperature: float = Field(default=2.0, ge=1.0, le=100.0)
+    """What the logits of both are divided by: the higher, the more the teacher's unlikely classes count."""
+    hidden: float = Field(default=0.0, ge=0.0, le=1000.0)
+    """Weight of what the hidden states of both differ in, layer by layer, added to the loss. 0 is none, 1 is usual."""
+
+
 class Workers(Section):
     min: int = Field(default=1, ge=1, le=4096)
     """With fewer than these the run waits."""
@@ -268,6 +278,12 @@ class Training(Section):
     gradient is scaled down to ``max_grad_norm``, and noise is added. Batches are drawn by chance, ``batch_size`` rows on
     average, and batch norms stay as they are. It covers the training rows and the saved model; checkpoints and metrics are
     as confidential as the rows. None: none."""
+    distillation: Distillation | None = None
+    """Learn a teacher's answers beside the labels (Hinton et al. 2015). ``orchestrator compress`` has a teacher, the model
+    that it makes smaller; ``orchestrator train`` has none. None: the labels alone."""
+    fake_int8: bool = False
+    """Quantisation-aware training (Jacob et al. 2018): training steps round weights and inputs of linear and convolution layers
+    as an int8 runtime will. What is validated and saved are the plain fp32 weights."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: far less memory, about a third more
     time."""
@@ -277,10 +293,22 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _whole_weights(self) -> Training:
-        if self.strategy == "fsdp" and (self.averaging or self.adversarial or self.lora):
+        ours = self.averaging or self.adversarial or self.lora or self.distillation or self.fake_int8
+        if self.strategy == "fsdp" and ours:
             raise ValueError(
-                "averaging, adversarial and lora need the whole weights on each worker: set strategy to ddp"
+                "averaging, adversarial, lora, distillation and fake_int8 need the whole weights on each worker: set "
+                "strategy to ddp"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_misleads(self) -> Training:
+        if self.distillation and self.folds:
+            raise ValueError("distillation does not go with folds, since the teacher has seen the rows that they are "
+                             "validated on: leave out one or the other")  # fmt: skip
+        if self.fake_int8 and self.lora:
+            raise ValueError("fake_int8 does not go with lora, whose layers are rounded before they are merged: leave "
+                             "out one or the other")  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -291,6 +319,7 @@ class Training(Section):
             "adversarial": self.adversarial, "oversample": self.oversample, "folds": self.folds,
             "class_weights: balanced": self.class_weights == "balanced", "ensemble": self.ensemble != 1,
             "gradient_checkpointing": self.gradient_checkpointing, "max_grad_norm: null": self.max_grad_norm is None,
+            "distillation": self.distillation, "fake_int8": self.fake_int8,
         }  # fmt: skip
         if self.privacy and (found := [name for name, given in against.items() if given]):
             raise ValueError(f"privacy does not go with {', '.join(found)}: leave out one or the other")
@@ -372,6 +401,8 @@ class Recipe(Section):
     training: Training = Training()
     tuning: Tuning | None = None
     """Search for better values of recipe fields; the winner is the model. None: train with the recipe's own values."""
+    compression: Compression | None = None
+    """Make the trained model smaller and faster, within limits. None: it stays as it is."""
     evaluation: Evaluation = Evaluation()
     promotion: Promotion = Promotion()
     serving: Serving = Serving()
@@ -389,6 +420,14 @@ class Recipe(Section):
             raise ValueError(
                 f"training.folds would train on rows that are newer than those it validates on, which data.split.by.time "
                 f"({self.data.split.by.time}) rules out; leave training.folds out, or split at random or by group"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _private_rows_stay_private(self) -> Recipe:
+        if self.training.privacy and self.compression:
+            raise ValueError(
+                "compression looks at the training rows without noise, which training.privacy rules out; leave one out"
             )
         return self
 

@@ -19,7 +19,8 @@ Metric = Literal["macro_f1", "weighted_f1", "accuracy", "loss", "latency_ms", "s
 ``seconds``: of training."""
 Kind = Literal["choice", "uniform", "log_uniform", "int", "log_int", "quantized"]
 _KINDS = ("choice", "uniform", "log_uniform", "int", "log_int", "quantized")
-MAXIMIZED = ("macro_f1", "weighted_f1", "accuracy")
+MAXIMIZED = ("macro_f1", "weighted_f1", "accuracy", "agreement", "throughput_per_s")
+"""Of the metrics of a search, or of a compression, those of which more is better."""
 _FEWEST_MEMBERS = 4
 """Of a population: one of four is replaced at a time."""
 

@@ -1,7 +1,8 @@
 """The records that walk the path: each stage reads some and writes one. Frozen, JSON, and without behaviour.
 
-    prepare -> DatasetRecord    tune -> StudyRecord     train -> ModelRecord    evaluate -> EvaluationRecord
-    promote -> VersionRecord | Hold                     serve -> EndpointRecord
+    prepare  -> DatasetRecord        tune     -> StudyRecord              train   -> ModelRecord
+    compress -> CompressionRecord    evaluate -> EvaluationRecord         promote -> VersionRecord | Hold
+    serve    -> EndpointRecord
 
 ``location`` is always relative to the storage root, so a storage folder can be moved or mounted elsewhere.
 """
@@ -162,6 +163,10 @@ class ModelRecord(Record):
     folds: CrossValidation | None = None
     ensemble: Ensemble | None = None
     """If there is one: steps, seconds and parameters are sums over the members; epochs are those of the first."""
+    parent: str | None = None
+    """Key of the model that it was compressed from; what the fields say of training is then that model's."""
+    form: str | None = None
+    """Of a compressed model: runtime and numbers, such as ``openvino-int8``."""
 
 
 class TrialRecord(Record):
@@ -226,6 +231,56 @@ class StudyRecord(Record):
     report: str
     model: ModelRecord
     """The winner's model, loaded afresh and scored again."""
+
+
+class Change(Record):
+    """What compression did to a class or a slice, on the validation rows."""
+
+    rows: int
+    before: float
+    """F1 of a class, macro-F1 of a slice."""
+    after: float
+    is_flagged: bool
+    """It lost more than the whole may lose, and more than a row or two make."""
+
+
+class CompressionRecord(Record):
+    stage: Literal["compress"] = "compress"
+    name: str
+    key: str
+    location: str
+    study: str
+    """Its name in the database."""
+    parent: str
+    """Key of the ModelRecord that was compressed."""
+    before: dict[str, float]
+    """The uncompressed model's metrics."""
+    objectives: tuple[str, ...]
+    maximized: tuple[bool, ...]
+    trials: int
+    complete: int
+    failed: int
+    winner: TrialRecord
+    """With the costs of the last measurement."""
+    finalists: tuple[TrialRecord, ...]
+    """Those that were measured once more, the winner among them."""
+    all_threads: dict[int, dict[str, float]]
+    """Costs of the finalists with all of a machine's cores, by number; -1 is the uncompressed model."""
+    pareto: tuple[int, ...]
+    """Numbers of the candidates within the limits that no other there beats in every objective."""
+    refused: dict[int, str]
+    """Why a candidate was not taken."""
+    methods: dict[str, str]
+    """Method -> nothing, or why this architecture has none of it."""
+    forms: dict[str, str]
+    """Form -> nothing, or why it is not to be had here."""
+    classes: dict[str, Change]
+    slices: dict[str, dict[str, Change]] = {}
+    seconds: float
+    """Of all candidates together."""
+    report: str
+    model: ModelRecord
+    """The winner's, loaded afresh and scored again."""
 
 
 class EvaluationRecord(Record):

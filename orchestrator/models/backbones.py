@@ -6,6 +6,7 @@ In: a backbone's name, weights, labels. Out: a ``Network``: called with the enco
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -49,6 +50,14 @@ class Network(nn.Module):
         """Weights as safetensors and a config.json."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
+    def watched(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [batch, classes], and the hidden states after each layer or stage, from the inputs' side on; none where the
+        architecture does not tell.
+
+        [batch, tokens, width], the last one maybe of the first token alone; or [batch, channels, height, width].
+        """
+        return self(**inputs), []
+
     def recompute(self) -> None:
         """Keep few activations of the forward pass; the backward pass computes them again.
 
@@ -81,10 +90,19 @@ class TransformersNetwork(Network):
         self.model = model
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        if inputs.keys() == {"input_ids", "attention_mask"} and post_norm.is_supported(self.model):
+        if self._is_post_norm(inputs):
             return post_norm.forward(self.model, **inputs)
         logits: torch.Tensor = self.model(**inputs).logits
         return logits
+
+    def _is_post_norm(self, inputs: Mapping[str, torch.Tensor]) -> bool:
+        return inputs.keys() == {"input_ids", "attention_mask"} and post_norm.is_supported(self.model)
+
+    def watched(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if self._is_post_norm(inputs):
+            return post_norm.watched(self.model, **inputs)
+        answer = self.model(**inputs, output_hidden_states=True)
+        return answer.logits, list((answer.hidden_states or ())[1:])  # the first are the embeddings
 
     @classmethod
     def create(cls, settings: Model, backbone: str, labels: tuple[str, ...]) -> Self:
@@ -144,6 +162,20 @@ class TorchvisionNetwork(Network):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(pixels)
         return logits
+
+    def watched(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        states: list[torch.Tensor] = []
+
+        def note(_: nn.Module, __: tuple[Any, ...], state: Any) -> None:
+            if isinstance(state, torch.Tensor) and state.ndim > 2:  # and not the logits of a second head
+                states.append(state)
+
+        handles = [stage.register_forward_hook(note) for stage in _stages(self.model)]
+        try:
+            return self(**inputs), states
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @classmethod
     def create(cls, settings: Model, backbone: str, labels: tuple[str, ...]) -> Self:
@@ -212,13 +244,26 @@ NETWORKS: Mapping[str, type[Network]] = {
 }  # fmt: skip
 """Library -> its networks. A saved folder says in config.json which one it is; transformers is the unspoken one."""
 
+BUILT_UPON: Mapping[str, tuple[str, str]] = {
+    "reshaped": ("orchestrator.models.reshaped", "ReshapedNetwork"),
+    "onnxruntime": ("orchestrator.models.runtimes", "OnnxRuntimeNetwork"),
+    "openvino": ("orchestrator.models.runtimes", "OpenVinoNetwork"),
+    "program": ("orchestrator.models.runtimes", "ProgramNetwork"),
+}
+"""Library -> module and class of networks that build upon the ones here, and are therefore imported when one is loaded."""
+
 
 def load_network(folder: Path) -> Network:
     """The network of a saved model folder. Raises IntegrityError if config.json names an unknown library."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     library = config.get("library", "transformers")
+    if library in BUILT_UPON:
+        module, name = BUILT_UPON[library]
+        kind: type[Network] = getattr(importlib.import_module(module), name)
+        return kind.load(folder)
     if library not in NETWORKS:
-        raise IntegrityError(f"{folder / CONFIG} names the library {library!r}", f"known are {', '.join(NETWORKS)}")
+        known = ", ".join([*NETWORKS, *BUILT_UPON])
+        raise IntegrityError(f"{folder / CONFIG} names the library {library!r}", f"known are {known}")
     return NETWORKS[library].load(folder)
 
 
@@ -332,6 +377,18 @@ def _load_state(model: nn.Module, path: Path) -> None:
     if missing:
         raise BackboneError(f"model.weights {str(path)!r} lacks {len(missing)} tensors, such as {missing[0]}",
                             "give a state dict of the same architecture")  # fmt: skip
+
+
+def _stages(model: nn.Module) -> list[nn.Module]:
+    """The parts of a body that have parts of their own: those of ``features``, the layers of an ``encoder``, or those beside
+    the head."""
+    places = [module for name, module in model.named_modules() if name in {"features", "encoder.layers"}]
+    body, head = places[0] if places else model, _last_linear(model)[0].partition(".")[0]
+    return [
+        part
+        for name, part in body.named_children()
+        if any(True for _ in part.children()) and any(True for _ in part.parameters()) and (places or name != head)
+    ]
 
 
 def _last_linear(model: nn.Module) -> tuple[str, nn.Linear]:

@@ -55,9 +55,14 @@ def save_model(folder: Path, network: Network, encoder: Encoder, labels: tuple[s
     """Write the model into an existing folder (which ``Storage.publish`` then seals with a manifest)."""
     with system_errors():
         network.save(folder)
+    save_surroundings(folder, encoder, labels, {"task": task, "parameters": count_parameters(network)})
+
+
+def save_surroundings(folder: Path, encoder: Encoder, labels: tuple[str, ...], card: dict[str, Any]) -> None:
+    """All but the network. ``card``: ``task``, ``parameters`` and whatever else is to be known of the model."""
     encoder.save(folder)
     _write_json(folder / LABELS, list(labels))
-    _write_json(folder / CARD, {"task": task, "parameters": count_parameters(network)})
+    _write_json(folder / CARD, card)
 
 
 def save_ensemble(folder: Path, members: Sequence[Path]) -> None:
@@ -99,7 +104,11 @@ def load_model(folder: Path, *, device: str = "cpu", verify: bool = True) -> Sav
 
 
 def count_parameters(network: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+    """Of a network that a runtime computes, and of such parts: what was counted when it was made."""
+    runtimes: list[Any] = [module for module in network.modules() if hasattr(module, "stated_parameters")]
+    theirs = {id(parameter) for module in runtimes for parameter in module.parameters()}
+    own = sum(parameter.numel() for parameter in network.parameters() if id(parameter) not in theirs)
+    return own + sum(int(module.stated_parameters) for module in runtimes)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -76,6 +76,21 @@ def forward(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -
 
     ``input_ids``: int64 [batch, tokens], padded on the right; ``attention_mask``: the same shape, 0 at padding.
     """
+    return _forward(model, input_ids, attention_mask, lambda state: None)
+
+
+def watched(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """As ``forward``, and the state after each layer: [batch, tokens, width], the last one [batch, 1, width]."""
+    states: list[torch.Tensor] = []
+    return _forward(model, input_ids, attention_mask, states.append), states
+
+
+def _forward(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, note: Callable[[torch.Tensor], None]
+) -> torch.Tensor:
+    """``note`` is called with the state after each layer; nobody else keeps it."""
     family = FAMILIES[type(model).__name__]
     embeddings, training = family.embeddings(model), model.training
     state = embeddings.LayerNorm(family.sum_embeddings(model, input_ids))
@@ -84,9 +99,12 @@ def forward(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -
     activation, layers = _ACTIVATIONS[family.activation(model)], list(family.layers(model))
     for layer in layers[:-1]:
         state = _feed_forward(layer, _attend(layer, state, state, visible, training), activation, training)
+        note(state)
     # The head reads the first token alone, so the last layer asks for no other; it still attends to all.
     first = _attend(layers[-1], state[:, :1], state, visible, training)
-    return family.head(model, _feed_forward(layers[-1], first, activation, training).squeeze(1))
+    first = _feed_forward(layers[-1], first, activation, training)
+    note(first)
+    return family.head(model, first.squeeze(1))
 
 
 def _attend(

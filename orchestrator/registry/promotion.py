@@ -38,8 +38,13 @@ class Keep:
     reason: str
 
 
-def decide(challenger: Answers, champion: Answers | None, settings: Promotion, seed: int) -> Promote | Keep:
-    """Promote when the challenger is better with ``settings.confidence``, by a paired bootstrap over the rows."""
+def decide(
+    challenger: Answers, champion: Answers | None, settings: Promotion, seed: int, allowed_drop: float | None = None
+) -> Promote | Keep:
+    """Promote when the challenger is better with ``settings.confidence``, by a paired bootstrap over the rows.
+
+    ``allowed_drop``: of a challenger that is the champion, compressed: it is to be cheaper, and may be worse by so much.
+    """
     metric = settings.metric
     value = score(challenger.labels, challenger.predicted, metric)
     if value < settings.at_least:
@@ -49,6 +54,10 @@ def decide(challenger: Answers, champion: Answers | None, settings: Promotion, s
     if not np.array_equal(challenger.rows, champion.rows) or not np.array_equal(challenger.labels, champion.labels):
         return Keep("it was tested on other rows than the champion; evaluate both on the same data")
     before = score(champion.labels, champion.predicted, metric)
+    if allowed_drop is not None:
+        told = f"the champion, compressed: {metric} {value:.4f} against {before:.4f}"
+        kept = before - value <= allowed_drop
+        return Promote(told) if kept else Keep(f"{told}, a larger drop than the limit of {allowed_drop:g}")
     probability = probability_better(challenger, champion, metric, seed)
     told = f"{metric} {value:.4f} against {before:.4f}, better with probability {probability:.3f}"
     if probability >= settings.confidence:

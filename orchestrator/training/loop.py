@@ -22,6 +22,8 @@ from orchestrator.training.precision import Precision, autocast
 
 RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits [batch, classes], labels [batch] -> losses [batch]."""
+Teach = Callable[[nn.Module, dict[str, torch.Tensor], RowLosses], tuple[torch.Tensor, RowLosses]]
+"""Network, inputs, the losses of the labels -> its logits, and losses in which a teacher has its share."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def train_step(
     total_weight: float,
     max_grad_norm: float | None,
     adversary: FastGradient | None = None,
+    teach: Teach | None = None,
 ) -> tuple[float, float]:
     """One optimiser step over a global batch; returns this worker's share of its loss, and the norm of the gradients.
 
@@ -76,7 +79,7 @@ def train_step(
                 autocast(compute.precision, compute.device),
                 _statistics(network, lonely=len(batch.labels) == 1),
             ):
-                loss = _weighted_loss(network, batch, row_losses) * (compute.world / total_weight)
+                loss = _weighted_loss(network, batch, row_losses, teach) * (compute.world / total_weight)
                 loss.backward()
             loss_sum += loss.item() / compute.world if number == 0 else 0.0
     limit = float("inf") if max_grad_norm is None else max_grad_norm
@@ -97,8 +100,13 @@ def class_weights(setting: str | dict[str, float], labels: np.ndarray, names: tu
     return (len(labels) / (len(names) * np.maximum(counts, 1))).astype(np.float32)
 
 
-def _weighted_loss(network: nn.Module, batch: MicroBatch, row_losses: RowLosses) -> torch.Tensor:
-    logits = network(**batch.inputs).float()
+def _weighted_loss(
+    network: nn.Module, batch: MicroBatch, row_losses: RowLosses, teach: Teach | None = None
+) -> torch.Tensor:
+    if teach:
+        logits, row_losses = teach(network, batch.inputs, row_losses)
+    else:
+        logits = network(**batch.inputs).float()
     loss = (row_losses(logits, batch.labels) * batch.weights).sum()
     if batch.partners:
         labels, weights = batch.partners

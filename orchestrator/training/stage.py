@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from orchestrator.data.dataset import Split
+from orchestrator.errors import RecipeError
 from orchestrator.evaluation.metrics import summary
+from orchestrator.models.backbones import Network, load_network
 from orchestrator.models.checkpoint import CARD, count_parameters, save_ensemble
 from orchestrator.models.ensemble import disagreement
 from orchestrator.progress import Event, Report
@@ -33,6 +35,7 @@ from orchestrator.storage import (
     stage_location,
 )
 from orchestrator.tasks import TASKS, Task
+from orchestrator.training.distillation import require_teacher
 from orchestrator.training.folds import (
     Run,
     cross_validation,
@@ -86,7 +89,9 @@ class TrainStage:
     predict: Callable[[str], np.ndarray]
     """Location of a model -> its probabilities [rows, classes] of the validation rows."""
     is_trial: bool = False
-    """See ``TrainJob``."""
+    start: str | None = None
+    teacher: str | None = None
+    """See ``TrainJob``. The stage's key has to tell what is started from and learned from."""
 
     @property
     def task(self) -> Task:
@@ -132,12 +137,27 @@ class TrainStage:
         """What cannot be is said here, not by a worker."""
         if self.recipe.training.privacy:
             check_privacy(self.recipe.training.privacy, dataset.splits["train"].rows)
-        parameters = count_parameters(self.task.network(self.recipe.model, dataset.labels))
+        require_teacher(self.recipe.training.distillation, self.teacher)
+        self._check_start()
+        state_bytes = _state_bytes(self.recipe.training) * count_parameters(self._network(dataset.labels))
         return {
             name: TrainJob(self.recipe.model_copy(update={"seed": run.seed}), run.location, dataset.location,
-                           dataset.labels, _state_bytes(self.recipe.training) * parameters, run.fold, self.is_trial)
+                           dataset.labels, state_bytes, run.fold, self.is_trial, self.start, self.teacher)
             for name, run in runs.items()
         }  # fmt: skip
+
+    def _check_start(self) -> None:
+        """Raises RecipeError: what the started network has seen already would not be counted."""
+        training = self.recipe.training
+        if self.start and (training.privacy or training.folds):
+            name, seen = ("privacy", "trained on") if training.privacy else ("folds", "validated on")
+            raise RecipeError(f"training.{name} does not go with a network that has seen the rows it is {seen}",
+                              f"set training.{name} to null")  # fmt: skip
+
+    def _network(self, labels: tuple[str, ...]) -> Network:
+        if self.start is None:
+            return self.task.network(self.recipe.model, labels)
+        return load_network(self.storage.fetch(self.start))
 
     def _told(self, placement: Placement, at_once: int, left: int, runs: int) -> str:
         plural = "s" * (placement.workers > 1)

@@ -9,19 +9,15 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import distributed
 
-from orchestrator.data.augment import augment
-from orchestrator.data.batches import evaluation_batches, mixed_seed, plan_epoch, share
-from orchestrator.data.encoders import load_encoder
-from orchestrator.data.images import ImageEncoder
+from orchestrator.data.batches import mixed_seed
 from orchestrator.errors import IntegrityError, TrainingFailed
 from orchestrator.evaluation.metrics import summary
 from orchestrator.models.backbones import Network
@@ -33,12 +29,14 @@ from orchestrator.tasks import TASKS
 from orchestrator.training import lora
 from orchestrator.training.adversarial import FastGradient
 from orchestrator.training.averaging import Average
+from orchestrator.training.distillation import Teacher, require_teacher, saved_model
 from orchestrator.training.failure import Diverged
-from orchestrator.training.folds import Fold, training_splits
+from orchestrator.training.fake_int8 import rounding
+from orchestrator.training.feed import Feed
+from orchestrator.training.folds import Fold
 from orchestrator.training.freezing import freeze, frozen_sha256, load_trained_state, trained_state
-from orchestrator.training.loop import Compute, MicroBatch, class_weights, predict, train_step
+from orchestrator.training.loop import Compute, predict, train_step
 from orchestrator.training.metrics_log import MetricsLog, Scores
-from orchestrator.training.mixup import blend, plan_mixup
 from orchestrator.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from orchestrator.training.parallel import copied, is_sharded, load_optimizer, place, state_of
 from orchestrator.training.precision import resolve_precision
@@ -62,7 +60,6 @@ from orchestrator.training.state import (
 
 _GROWING = (METRICS, TENSORBOARD)
 _REPORT_EVERY_S = 0.5
-_ANY_ROW = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,10 @@ class TrainJob:
     is_trial: bool = False
     """It is one of many, and most of them are thrown away: it is written down by the clock alone, not after each epoch, and
     when it is finished there is nothing to go on from."""
+    start: str | None = None
+    """Location of a saved model whose network, head included, training begins with. None: the recipe's backbone."""
+    teacher: str | None = None
+    """Location of a saved model whose answers are learned, if ``training.distillation`` says so."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +124,16 @@ class _Worker:
         self.reported_at, self.saved_at = 0.0, time.monotonic()
         self.unsaved: Network | None = None
         """The best epoch's network, while it is in no checkpoint."""
-        self._load_data()
+        folder = self.storage.fetch(job.dataset, verify=self.leads)
+        self.feed = Feed(folder, recipe, job.labels, job.fold, self.compute, beat)
+        self.rows = len(self.feed.train.labels)
+        self.teacher = self._teacher()
         self._build(recipe)
-
-    def _load_data(self) -> None:
-        folder = self.storage.fetch(self.job.dataset, verify=self.leads)
-        self.encoder = load_encoder(folder / "encoder")
-        self.train, self.validation = training_splits(folder, self.job.fold)
-        self.train_lengths, self.validation_lengths = (s.lengths(self.encoder) for s in (self.train, self.validation))
-        self.class_weights = class_weights(self.settings.class_weights, self.train.labels, self.job.labels)
 
     def _build(self, recipe: Recipe) -> None:
         """The network and its optimiser, as new or as the last checkpoint has them."""
         torch.manual_seed(recipe.seed)  # the head's weights, the same on every worker
-        self.network = self.task.network(recipe.model, self.job.labels).train()
+        self.network = self._new_network().train()
         if self.settings.lora:
             lora.adapt(self.network, self.settings.lora)
         freeze(self.network, self.settings.freeze)
@@ -145,7 +142,7 @@ class _Worker:
         self.frozen_sha256 = frozen_sha256(self.network)
         if self.settings.gradient_checkpointing:
             self.network.recompute()
-        batches = math.ceil(len(self.train.labels) / self.settings.batch_size)
+        batches = math.ceil(self.rows / self.settings.batch_size)
         self.peak_rate, self.total_steps = self.task.learning_rate(recipe), self.settings.epochs * batches
         self.remedies = read_remedies(self.storage, self.job.run)
         self.position, folder = latest_state(self.storage, self.job.run)
@@ -156,7 +153,8 @@ class _Worker:
             load_trained_state(self.network, tensors["network"])
         self.noise = self._noise(tensors)
         world = 1 if self.noise else self.compute.world  # private gradients are summed after they are clipped
-        self.parallel = place(self.network, self.settings.strategy, self.compute.device, world)
+        called = self.teacher.watching(self.network) if self.teacher else self.network
+        self.parallel = place(called, self.settings.strategy, self.compute.device, world)
         self.optimizer = build_optimizer(
             self.network, self.peak_rate, self.settings.weight_decay, self.settings.layer_decay
         )
@@ -173,6 +171,28 @@ class _Worker:
                 self.average.load_state_dict(tensors["average"])
             self.position = replace(self.position, resumed=self.position.resumed + 1)
 
+    def _new_network(self) -> Network:
+        """Before anything of the recipe's has changed it."""
+        if self.job.start is None:
+            return self.task.network(self.job.recipe.model, self.job.labels)
+        return self._saved(self.job.start)
+
+    def _teacher(self) -> Teacher | None:
+        """Raises RecipeError: there is none to learn from."""
+        require_teacher(self.settings.distillation, self.job.teacher)
+        if self.settings.distillation is None or self.job.teacher is None:
+            return None
+        network = self._saved(self.job.teacher).to(self.compute.device)
+        return Teacher(network, self.settings.distillation, self._tell)
+
+    def _saved(self, location: str) -> Network:
+        """Of this dataset. Every worker loads it, and the first one verifies it."""
+        return saved_model(self.storage, location, self.feed.encoder, self.job.labels, verify=self.leads).network
+
+    def _tell(self, message: str) -> None:
+        if self.leads:
+            self.emit(Event("train", message=message))
+
     def _noise(self, tensors: dict[str, Any] | None) -> Noise | None:
         """Of the run so far; a new run has a new one."""
         if self.settings.privacy is None:
@@ -182,7 +202,7 @@ class _Worker:
         return Noise.agreed(self.settings.privacy, self._sample_rate(), self.total_steps, self.compute.world)
 
     def _sample_rate(self) -> float:
-        return sample_rate(len(self.train.labels), self.settings.batch_size)
+        return sample_rate(self.rows, self.settings.batch_size)
 
     def run(self) -> None:
         self.log, self.writer = self._open_log() if self.leads else None, BackgroundWriter(self.beat)
@@ -214,11 +234,8 @@ class _Worker:
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
         if self.noise:
-            return draw_batches(len(self.train.labels), self.settings.batch_size, self.noise.secret, epoch)
-        return plan_epoch(
-            self.train_lengths, self.train.labels, batch_size=self.settings.batch_size, seed=self.job.recipe.seed,
-            epoch=epoch, oversample=self.settings.oversample,
-        )  # fmt: skip
+            return draw_batches(self.rows, self.settings.batch_size, self.noise.secret, epoch)
+        return self.feed.plan(epoch)
 
     def _epoch(self) -> None:
         plan = self._plan(self.position.epoch)
@@ -251,19 +268,27 @@ class _Worker:
             self._checkpoint()
 
     def _plain_step(self, batch: np.ndarray) -> tuple[float, float]:
-        return train_step(
-            self.parallel, self._micro_batches(batch), self.optimizer, self._row_losses, self.compute,
-            total_weight=float(self.class_weights[self.train.labels[batch]].sum()),
-            max_grad_norm=self.settings.max_grad_norm, adversary=self.adversary,
-        )  # fmt: skip
+        with rounding(self.network, on=self.settings.fake_int8):
+            return train_step(
+                self.parallel, self.feed.micro_batches(batch, self.position, self._parts), self.optimizer,
+                self._row_losses, self.compute, total_weight=self.feed.weight(batch),
+                max_grad_norm=self.settings.max_grad_norm, adversary=self.adversary,
+                teach=self.teacher.teach if self.teacher else None,
+            )  # fmt: skip
 
     def _private_step(self, batch: np.ndarray) -> tuple[float, float]:
         assert self.private and self.noise
         # What is done again after a rollback, with another rate, must not show the same noise on other gradients.
         seed = mixed_seed(self.noise.secret, self.position.step, self.remedies.rollbacks)
-        result = self.private.step(self._micro_batches(batch), self._row_losses, seed, self.compute.world)
+        parts = self.feed.micro_batches(batch, self.position, self._parts)
+        result = self.private.step(parts, self._row_losses, seed, self.compute.world)
         self.optimizer.step()
         return result
+
+    @property
+    def _parts(self) -> int:
+        """Of a step, on each worker."""
+        return self.settings.accumulate_steps * self.remedies.accumulate_factor
 
     def _learning_rate(self) -> float:
         settings, step = self.settings, self.position.step
@@ -286,42 +311,6 @@ class _Worker:
 
     def _row_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.task.row_losses(logits, labels, self.settings.label_smoothing, self.settings.focal_gamma)
-
-    def _micro_batches(self, batch: np.ndarray) -> Iterator[MicroBatch]:
-        """This worker's rows in ``accumulate_steps`` parts, the same number of parts on every worker."""
-        partners, kept = plan_mixup(batch, self.settings.mixup, self.job.recipe.seed, self.position.step)
-        for part, mates in zip(self._dealt(batch), self._dealt(partners), strict=True):
-            self.beat()
-            idle = len(part) == 0
-            micro_batch = self._micro_batch(_ANY_ROW if idle else part, idle=idle)
-            if kept < 1.0:
-                mixed_in = self._micro_batch(_ANY_ROW if idle else mates, idle=idle)
-                micro_batch = blend(micro_batch, mixed_in, kept)
-            yield micro_batch
-
-    def _dealt(self, batch: np.ndarray) -> list[np.ndarray]:
-        mine = share(batch, self.compute.rank, self.compute.world)
-        return np.array_split(mine, self.settings.accumulate_steps * self.remedies.accumulate_factor)
-
-    def _micro_batch(self, rows: np.ndarray, *, idle: bool) -> MicroBatch:
-        """An ``idle`` worker computes one row that weighs nothing."""
-        labels = self.train.labels[rows]
-        weights = np.zeros(1, np.float32) if idle else self.class_weights[labels]
-        return MicroBatch(
-            self._inputs(self.train.inputs(rows), rows),
-            torch.from_numpy(labels.astype(np.int64)).to(self.compute.device),
-            torch.from_numpy(weights).to(self.compute.device),
-        )
-
-    def _inputs(self, table: pa.Table, rows: np.ndarray | None = None) -> dict[str, torch.Tensor]:
-        """Tensors on the device; with ``rows``, training images are augmented, each by its own seed."""
-        if rows is not None and isinstance(self.encoder, ImageEncoder):
-            seeds = [mixed_seed(self.job.recipe.seed, self.position.epoch, int(row)) for row in rows]
-            pixels = augment(self.encoder.pixels(table), self.settings.augmentation, seeds)
-            inputs = {"pixels": self.encoder.normalise(pixels)}
-        else:
-            inputs = self.encoder.collate(table)
-        return {name: tensor.to(self.compute.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _sum_over_workers(self, *values: float) -> tuple[float, ...]:
         if self.compute.world == 1:
@@ -364,24 +353,15 @@ class _Worker:
         return bool(stopping) and position.epoch - position.best_epoch >= (stopping.patience_epochs if stopping else 0)
 
     def _validate(self) -> dict[str, float]:
-        size = self.job.recipe.evaluation.batch_size
-        shares = evaluation_batches(self.validation_lengths, size, self.compute.rank, self.compute.world)
-        if is_sharded(self.network):  # it computes together or not at all
-            most = len(evaluation_batches(self.validation_lengths, size, 0, self.compute.world))
-            shares += [np.zeros(1, np.int64)] * (most - len(shares))
-        batches = ((rows, self._validation_inputs(rows)) for rows in shares)
+        batches = self.feed.validation_batches(together=is_sharded(self.network))
         if self.average:
             self.average.agree()
-        probabilities = predict(self._result(), batches, len(self.validation.labels), self.compute)
-        return summary(self.validation.labels, probabilities)
+        labels = self.feed.validation.labels
+        return summary(labels, predict(self._result(), batches, len(labels), self.compute))
 
     def _result(self) -> Network:
         """The network that is validated and saved."""
         return self.average.network if self.average else self.network
-
-    def _validation_inputs(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        self.beat()
-        return self._inputs(self.validation.inputs(rows))
 
     def _log_epoch(self, scores: dict[str, float], batches: int, is_best: bool) -> None:
         if not self.log:
@@ -399,8 +379,7 @@ class _Worker:
             f"{name} {scores[name]:.4f}" for name in ("loss", "accuracy", "macro_f1")
         )
         shown += f", epsilon {values['epsilon']:.2f}" if "epsilon" in values else ""
-        line = f"epoch {position.epoch + 1}/{self.settings.epochs}: {shown}{' (best)' if is_best else ''}"
-        self.emit(Event("train", message=line))
+        self._tell(f"epoch {position.epoch + 1}/{self.settings.epochs}: {shown}{' (best)' if is_best else ''}")
 
     def _checkpoint(self, *, with_model: bool = False) -> None:
         """Have everything written that a run needs to go on from here; ``with_model``: these weights are the best so far."""
@@ -429,7 +408,7 @@ class _Worker:
         """A network of its own with these weights."""
         if not is_sharded(self.network):
             return copy.deepcopy(self._result()).cpu()
-        network = self.task.network(self.job.recipe.model, self.job.labels)
+        network = self._new_network()
         freeze(network, self.settings.freeze)
         load_trained_state(network, state["network"])
         return network
@@ -444,7 +423,7 @@ class _Worker:
             if self.settings.lora:
                 lora.merge(model)
             with self.storage.publish(best_location(run, position.best_epoch)) as folder:
-                save_model(folder, model, self.encoder, self.job.labels, self.task.name)
+                save_model(folder, model, self.feed.encoder, self.job.labels, self.task.name)
         if position.finished:
             publish_model(self.storage, run, position.best_epoch)
         save_state(self.storage, run, position, state)

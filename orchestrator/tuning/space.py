@@ -1,7 +1,8 @@
 """The search space: recipe fields by dotted path, as Optuna's distributions and back.
 
-In: a recipe with its ``tuning`` section, and what is usual for the task. Out: a ``Space``: it draws points, checks them, and
-makes recipes of them. Everything is checked against the recipe's own types and ranges before anything runs. Pure.
+In: a recipe and the fields of it that are searched, by the ``tuning`` or the ``compression`` section. Out: a ``Space``: it
+draws points, checks them, and makes recipes of them. Everything is checked against the recipe's own types and ranges before
+anything runs. Pure.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from orchestrator.recipe_tuning import Dimension
 Point = dict[str, Any]
 """Values by path, of the fields that count for this point."""
 
-_SEARCHED = ("model.", "training.")
+_CANDIDATES = ("layers", "heads", "units", "filters", "rank", "sparsity", "form", "recovery.")
+_SEARCHED = {"tuning": ("model.", "training."), "compression": tuple(f"compression.{name}" for name in _CANDIDATES)}
+_WHAT_DIFFERS = {
+    "tuning": "trials differ in fields of model and training, and are compared on the same rows",
+    "compression": f"candidates differ in {', '.join(name.rstrip('.') for name in _CANDIDATES)}",
+}
 _NOT_SEARCHED = {
     "training.workers": "it changes where a trial runs, not what comes out",
     "training.device": "it changes where a trial runs, not what comes out",
@@ -47,6 +53,9 @@ class Parameter:
     path: str
     dimension: Dimension
     distribution: BaseDistribution
+
+    section: str = "tuning"
+    """Of the recipe, for messages."""
 
     def encode(self, value: Any) -> Any:
         """As Optuna keeps it: a choice that is no scalar is kept as JSON."""
@@ -82,7 +91,7 @@ class Parameter:
             case "quantized":
                 return [low + i * step[0] for i in range(int((high - low) / step[0] + 1e-9) + 1)]
         raise RecipeError(
-            f"tuning.space.{self.path} is {self.dimension.kind}, which has no end of values, but the sampler is grid",
+            f"{self.section}.space.{self.path} is {self.dimension.kind}, which has no end of values, but the sampler is grid",
             "name them with choice, or take steps with quantized: [low, high, step]",
         )
 
@@ -90,13 +99,15 @@ class Parameter:
 class Space:
     """Searched fields, those that others depend on first."""
 
-    def __init__(self, recipe: Recipe, dimensions: Mapping[str, Dimension]) -> None:
-        """Raises RecipeError for a path that cannot be searched or a range outside of the field's."""
+    def __init__(self, recipe: Recipe, dimensions: Mapping[str, Dimension], section: str = "tuning") -> None:
+        """Raises RecipeError for a path that cannot be searched or a range outside of the field's. ``section``: of the recipe,
+        which says what may be searched."""
         self.recipe = recipe
         for path in dimensions:
-            _check_path(path)
+            _check_path(path, section)
         self.parameters = tuple(
-            Parameter(path, dimensions[path], _distribution(dimensions[path])) for path in _in_order(dimensions)
+            Parameter(path, dimensions[path], _distribution(dimensions[path]), section)
+            for path in _in_order(dimensions, section)
         )
         for parameter in self.parameters:
             _check_conditions(parameter, dimensions)
@@ -105,6 +116,13 @@ class Space:
     @property
     def is_conditional(self) -> bool:
         return any(parameter.dimension.when for parameter in self.parameters)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether its points can be listed, and are not too many for that."""
+        return all(p.dimension.kind not in ("uniform", "log_uniform") for p in self.parameters) and (
+            _product(len(p.grid()) for p in self.parameters) <= _MAX_GRID
+        )
 
     def draw(self, trial: optuna.Trial) -> Point:
         """The trial's values, as its study's sampler chooses them."""
@@ -210,22 +228,21 @@ def recipe_with(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
         raise RecipeError("; ".join(problems_of(error))) from None
 
 
-def _check_path(path: str) -> None:
-    paths = [p for p in known_paths() if p.startswith(_SEARCHED)]
+def _check_path(path: str, section: str) -> None:
+    paths = [p for p in known_paths() if p.startswith(_SEARCHED[section])]
     if path in _NOT_SEARCHED or path.startswith("training.workers."):
         why = _NOT_SEARCHED.get(path, _NOT_SEARCHED["training.workers"])
-        raise RecipeError(f"tuning.space.{path} cannot be searched", why)
+        raise RecipeError(f"{section}.space.{path} cannot be searched", why)
     if path in paths:
         return
     if path in set(known_paths()):
-        raise RecipeError(f"tuning.space.{path} cannot be searched",
-                          "trials differ in fields of model and training, and are compared on the same rows")  # fmt: skip
-    raise RecipeError(f"tuning.space.{path} is not a recipe field", did_you_mean(path, paths))
+        raise RecipeError(f"{section}.space.{path} cannot be searched", _WHAT_DIFFERS[section])
+    raise RecipeError(f"{section}.space.{path} is not a recipe field", did_you_mean(path, paths))
 
 
 def _check_conditions(parameter: Parameter, dimensions: Mapping[str, Dimension]) -> None:
     for path, values in parameter.dimension.when.items():
-        where = f"tuning.space.{parameter.path}: when names {path}"
+        where = f"{parameter.section}.space.{parameter.path}: when names {path}"
         if path not in dimensions:
             raise RecipeError(f"{where}, which is not searched", did_you_mean(path, list(dimensions)))
         possible = Parameter(path, dimensions[path], _distribution(dimensions[path]))
@@ -241,11 +258,11 @@ def _check_range(recipe: Recipe, parameter: Parameter) -> None:
         try:
             recipe_with(recipe, {parameter.path: value})
         except RecipeError as error:
-            raise RecipeError(f"tuning.space.{parameter.path}: {value!r} cannot be ({error})",
+            raise RecipeError(f"{parameter.section}.space.{parameter.path}: {value!r} cannot be ({error})",
                               "keep the range within the field's own") from None  # fmt: skip
 
 
-def _in_order(dimensions: Mapping[str, Dimension]) -> list[str]:
+def _in_order(dimensions: Mapping[str, Dimension], section: str) -> list[str]:
     """Paths, each after those it depends on. Raises RecipeError when some depend on each other."""
     ordered: list[str] = []
     waiting = list(dimensions)
@@ -253,7 +270,7 @@ def _in_order(dimensions: Mapping[str, Dimension]) -> list[str]:
         ready = [p for p in waiting if not set(dimensions[p].when) & set(waiting)]
         if not ready:
             raise RecipeError(
-                f"tuning.space: {', '.join(waiting)} depend on each other by when", "leave one of them out"
+                f"{section}.space: {', '.join(waiting)} depend on each other by when", "leave one of them out"
             )
         ordered += ready
         waiting = [path for path in waiting if path not in ready]

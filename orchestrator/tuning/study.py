@@ -6,12 +6,14 @@ Optuna study, so that its dashboard and its visualisations read it. Knows no Ray
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optuna
 import sqlalchemy as sa
 from optuna.trial import FrozenTrial, TrialState
@@ -24,7 +26,7 @@ from orchestrator.tuning.population import Heir, Part, next_heir
 from orchestrator.tuning.samplers import make_sampler
 from orchestrator.tuning.space import Point, Space
 
-_BUSY_TIMEOUT_S = 60.0
+_BUSY_TIMEOUT_S, _TRIES = 60.0, 8
 _BAD_REGION = ("out_of_memory", "diverged")
 """Failures that the values are to blame for: the sampler is to keep away from them."""
 _OBJECTIVES = "objectives"
@@ -51,9 +53,12 @@ class Study:
     """Raises UserError from its constructor when the database cannot be opened."""
 
     def __init__(
-        self, database: str, name: str, tuning: Tuning, space: Space, objectives: Sequence[str], seed: int
-    ) -> None:
+        self, database: str, name: str, tuning: Tuning, space: Space, objectives: Sequence[str], seed: int,
+        *, repeats: bool = True,
+    ) -> None:  # fmt: skip
+        """``repeats``: whether a point may be tried twice."""
         self.tuning, self.space, self.objectives, self.seed = tuning, space, tuple(objectives), seed
+        self.repeats = repeats
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         maximize, minimize = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
         directions = [maximize if o in MAXIMIZED else minimize for o in objectives]
@@ -109,7 +114,7 @@ class Study:
         """The next trial of so many, or of a population the next part of so many for each; None: none, or not yet."""
         parts = self.parts()
         if sum(part.generation == 0 for part in parts) < trials:
-            return self.ask()
+            return self.ask() if self.repeats else self._ask_for_another()
         heir = next_heir(parts, generations, self.space, self.seed)
         return None if heir is None else self._begin(heir)
 
@@ -143,12 +148,34 @@ class Study:
 
     def ask(self) -> Asked:
         """A new trial, its values chosen and written down."""
+        trial, point = self._drawn()
+        return self._written(trial, point)
+
+    def _drawn(self) -> tuple[optuna.Trial, Point]:
         self.inner.sampler = make_sampler(self.tuning, self.space, self.seed, len(self.trials()))
         trial = self.inner.ask()
-        point = self.space.draw(trial)
+        return trial, self.space.draw(trial)
+
+    @staticmethod
+    def _written(trial: optuna.Trial, point: Point) -> Asked:
         trial.set_user_attr(STARTED, time.time())
         trial.set_user_attr(POINT, point)
         return Asked(trial.number, point)
+
+    def _ask_for_another(self) -> Asked | None:
+        """A point that no trial has had: the sampler's choice, or after some tries one at random. None: all were tried."""
+        tried = {_fixed(trial.user_attrs[POINT]) for trial in self.trials() if POINT in trial.user_attrs}
+        for _ in range(_TRIES):
+            trial, point = self._drawn()
+            if _fixed(point) not in tried:
+                return self._written(trial, point)
+            self.inner.tell(trial, state=TrialState.FAIL)  # without a point: nobody sees it
+        left = [point for point in self.space.grid() if _fixed(point) not in tried] if self.space.is_finite else []
+        if not left:
+            return None
+        chosen = left[int(np.random.default_rng([self.seed, len(self.trials())]).integers(len(left)))]
+        self.inner.enqueue_trial(self.space.encode(chosen))
+        return self.ask()
 
     def report(self, number: int, epoch: int, value: float) -> None:
         """An epoch's objective (0-based epoch). Written once: what a resumed trial says again is known."""
@@ -236,6 +263,10 @@ class Study:
 
     def _id(self, number: int) -> int:
         return self.storage.get_trial_id_from_study_id_trial_number(self.inner._study_id, number)
+
+
+def _fixed(point: Point) -> str:
+    return json.dumps(point, sort_keys=True)
 
 
 def _part(trial: FrozenTrial, founder: int, sign: float) -> Part:

@@ -1,0 +1,95 @@
+"""The forms that OpenVINO computes.
+
+In: a network and batches. Out: ``model.xml``, ``model.bin`` and config.json in a folder. OpenVINO traces the network itself;
+NNCF quantises. What int8 by calibration leaves as it was, word embeddings above all, is then stored in int8 too, and turned
+back when it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.compression.tracing import Batch, Traceable, quiet, traceable
+from orchestrator.models.backbones import Network
+from orchestrator.models.hardware import has_bf16
+from orchestrator.models.runtimes import OPENVINO_FILE, Answering, needed
+
+_GROUP = 64
+"""Weights that share a scale, in int4."""
+
+Model = Any
+"""An openvino.Model."""
+
+
+def write_fp32(network: Network, batches: Sequence[Batch], folder: Path) -> None:
+    _write(network, batches, folder, lambda model, _, __: model, "fp32")
+
+
+def write_bf16(network: Network, batches: Sequence[Batch], folder: Path) -> None:
+    """Stored in fp16, which keeps more digits in as many bytes; computed in bf16."""
+    _write(network, batches, folder, lambda model, _, __: model, "bf16", half=True)
+
+
+def write_int8(network: Network, batches: Sequence[Batch], folder: Path) -> None:
+    """Weights and activations in int8; the range of activations is that of the calibration batches."""
+    _write(network, batches, folder, _calibrated, _rest(), half=True)
+
+
+def write_int8_weights(network: Network, batches: Sequence[Batch], folder: Path) -> None:
+    """Weights stored in int8, with a scale per channel, and computed with as they were."""
+    _write(network, batches, folder, lambda model, _, __: _stored(model, bits=8), _rest(), half=True)
+
+
+def write_int4_weights(network: Network, batches: Sequence[Batch], folder: Path) -> None:
+    """Weights of linear layers stored in int4, embeddings and the head in int8, all computed with as they were."""
+    _write(network, batches, folder, lambda model, _, __: _stored(model, bits=4), _rest(), half=True)
+
+
+def _rest() -> str:
+    """What is not int8 is computed in what this processor does best."""
+    return "bf16" if has_bf16(torch.device("cpu")) else "fp32"
+
+
+def _write(
+    network: Network, batches: Sequence[Batch], folder: Path,
+    quantised: Callable[[Model, Traceable, Sequence[Batch]], Model], precision: str, *, half: bool = False,
+) -> None:  # fmt: skip
+    openvino = needed("openvino")
+    needed("nncf")
+    traced = traceable(network, batches)
+    with quiet(), torch.no_grad():
+        model = quantised(_converted(traced), traced, batches)
+        openvino.save_model(model, str(folder / OPENVINO_FILE), compress_to_fp16=half)
+    Answering("openvino", traced.classes, traced.names, traced.parameters, precision).write(folder)
+
+
+def _converted(traced: Traceable) -> Model:
+    openvino = needed("openvino")
+    model = openvino.convert_model(traced.module, example_input=traced.example)
+    shapes = [[-1 if d in varying else size for d, size in enumerate(tensor.shape)]
+              for tensor, varying in zip(traced.example, traced.varying, strict=True)]  # fmt: skip
+    model.reshape({port: openvino.PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)})
+    return model
+
+
+def _calibrated(model: Model, traced: Traceable, batches: Sequence[Batch]) -> Model:
+    nncf = needed("nncf")
+    rows = [tuple(batch[name].cpu().numpy() for name in traced.names) for batch in batches]
+    quantised = nncf.quantize(
+        model,
+        nncf.Dataset(rows),
+        subset_size=len(rows),
+        model_type=nncf.ModelType.TRANSFORMER if traced.is_text else None,
+    )
+    return _stored(quantised, bits=8) if traced.is_text else quantised
+
+
+def _stored(model: Model, bits: int) -> Model:
+    nncf = needed("nncf")
+    if bits == 8:
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, ratio=1.0, group_size=_GROUP)

@@ -1,0 +1,194 @@
+"""Networks that another runtime computes: ONNX Runtime, OpenVINO, or a traced torch program.
+
+In: a folder that ``compression/forms.py`` wrote: the runtime's own files, and a config.json with the number of classes, the
+names of the inputs and the number of parameters. Out: ``Network``s that answer and cannot be trained. They need neither the
+code nor the package that the network was made of. Threads: as many as torch has when the network is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from orchestrator.errors import IntegrityError, UserError
+from orchestrator.models.backbones import CONFIG, Network
+from orchestrator.models.hardware import has_bf16
+from orchestrator.models.program import move_constants, read_program
+
+ONNX_FILE = "model.onnx"
+OPENVINO_FILE = "model.xml"
+EXTRAS: Mapping[str, str] = {
+    "onnx": "compress", "onnxscript": "compress", "onnxruntime": "compress", "openvino": "openvino", "nncf": "openvino",
+}  # fmt: skip
+"""Package -> the extra of this project that brings it."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What config.json says of a network that a runtime computes."""
+
+    library: str
+    classes: int
+    inputs: tuple[str, ...]
+    """Names of the tensors it is called with, in the order of the runtime's own."""
+    parameters: int
+    """Of the network it was made of."""
+    precision: str = "fp32"
+    """``bf16``: compute so what is neither int8 nor int4, where the hardware can; else all of that in fp32."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Answering:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        try:
+            return cls(config["library"], config["classes"], tuple(config["inputs"]), config["parameters"],
+                       config.get("precision", "fp32"))  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise IntegrityError(f"{folder / CONFIG} lacks {error}", "compress the model again") from None
+
+    def write(self, folder: Path) -> None:
+        (folder / CONFIG).write_text(json.dumps(self.__dict__, indent=2), encoding="utf-8")
+
+
+class RuntimeNetwork(Network):
+    """A network that answers and cannot be trained."""
+
+    def __init__(self, answering: Answering) -> None:
+        super().__init__()
+        self.answering = answering
+        self.stated_parameters = answering.parameters
+        """For ``count_parameters``: what a runtime holds are no torch parameters."""
+
+    def save(self, folder: Path) -> None:
+        raise TypeError(f"a {type(self).__name__} is not saved again: copy the folder it was loaded from")
+
+    def recompute(self) -> None:
+        raise TypeError(f"a {type(self).__name__} cannot be trained")
+
+    def moving(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        raise TypeError(f"a {type(self).__name__} cannot be trained")
+
+
+class OnnxRuntimeNetwork(RuntimeNetwork):
+    """``model.onnx`` in an ONNX Runtime session on the CPU."""
+
+    def __init__(self, answering: Answering, session: Any) -> None:
+        super().__init__(answering)
+        self._session = session
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls(Answering.read(folder), onnx_session(folder / ONNX_FILE, torch.get_num_threads()))
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        (logits,) = self._session.run(None, _arrays(inputs, self.answering))
+        return torch.from_numpy(logits).to(_device_of(inputs))
+
+
+class OpenVinoNetwork(RuntimeNetwork):
+    """``model.xml`` and ``model.bin``, compiled by OpenVINO for the CPU."""
+
+    def __init__(self, answering: Answering, compiled: Any) -> None:
+        super().__init__(answering)
+        self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        answering = Answering.read(folder)
+        precision = "bf16" if answering.precision == "bf16" and has_bf16(torch.device("cpu")) else "f32"
+        return cls(answering, openvino_compiled(folder / OPENVINO_FILE, precision, torch.get_num_threads()))
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        arrays = _arrays(inputs, self.answering)
+        with self._lock:  # a request holds its own tensors
+            result = self._request.infer([arrays[name] for name in self.answering.inputs], share_inputs=True)
+            logits = np.array(result[0], np.float32)
+        return torch.from_numpy(logits).to(_device_of(inputs))
+
+
+class ProgramNetwork(RuntimeNetwork):
+    """``program.json`` and ``model.safetensors``: operators of torch, without the Python that called them."""
+
+    def __init__(self, answering: Answering, module: torch.fx.GraphModule) -> None:
+        super().__init__(answering)
+        self.module = module
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls(Answering.read(folder), read_program(folder))
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.module(*(inputs[name] for name in self.answering.inputs))
+        return logits
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """As always, and what the program makes itself moves along."""
+        super()._apply(fn, recurse)
+        weight = next(self.module.parameters(), None)
+        if weight is not None:
+            move_constants(self.module, weight.device)
+        return self
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+def needed(package: str) -> Any:
+    """The module, imported now. Raises UserError naming the extra that brings it."""
+    # OpenVINO and NNCF send usage data through this package, and do without where it cannot be imported.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        extra = EXTRAS.get(package.partition(".")[0], "compress")
+        raise UserError(
+            f"this model needs the package {package}, which cannot be imported ({error})",
+            f"pip install 'ray-orchestrator[{extra}]'",
+        ) from None
+
+
+def onnx_session(file: Path, threads: int) -> Any:
+    """An onnxruntime.InferenceSession on the CPU, which says nothing but errors."""
+    runtime = needed("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    # Threads that wait by spinning take the cores from other replicas on this machine.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def openvino_compiled(model: Any, precision: str, threads: int) -> Any:
+    """An openvino.CompiledModel for the CPU. ``model``: a file or an openvino.Model; ``precision``: ``f32`` or ``bf16``."""
+    openvino = needed("openvino")
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        "ENABLE_CPU_PINNING": False,  # several replicas would be pinned to the same cores
+    }
+    return openvino.Core().compile_model(str(model) if isinstance(model, Path) else model, "CPU", settings)
+
+
+def _arrays(inputs: Mapping[str, torch.Tensor], answering: Answering) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(inputs[name].detach().cpu().numpy()) for name in answering.inputs}
+
+
+def _device_of(inputs: Mapping[str, torch.Tensor]) -> torch.device:
+    return next(iter(inputs.values())).device

@@ -1,0 +1,170 @@
+"""Distillation (Hinton et al. 2015): a network learns what another one answers, beside what the labels say.
+
+In: the student, the rows of a micro-batch, the losses of the labels. Out: the losses of the rows, of which the teacher has its
+share. The teacher sees exactly what the student sees, blended and augmented images too (Beyer et al. 2022), but for the rows
+that an adversary moves: there the student is to answer as the teacher does to the rows as they are (Goldblum et al. 2020).
+Nothing here is drawn by chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from orchestrator.data.encoder import Encoder
+from orchestrator.errors import DataError, RecipeError
+from orchestrator.models.backbones import Network
+from orchestrator.models.checkpoint import SavedModel, load_model
+from orchestrator.recipe import Distillation
+from orchestrator.storage import Storage
+from orchestrator.training.loop import RowLosses
+
+_TINY = 1e-12
+_NO_STATES = (
+    "training.distillation.hidden has no effect: teacher and student have no hidden states of the same kind to compare"
+)
+
+
+def require_teacher(distillation: Distillation | None, teacher: str | None) -> None:
+    """Raises RecipeError when there is something to learn and nobody to learn it from."""
+    if distillation and teacher is None:
+        raise RecipeError(
+            "training.distillation needs a teacher, and this run has none",
+            "remove it; orchestrator compress gives the networks that it trains the model they come from as teacher",
+        )
+
+
+def saved_model(
+    storage: Storage, location: str, encoder: Encoder, labels: tuple[str, ...], *, verify: bool
+) -> SavedModel:
+    """A saved model for a run on rows of ``encoder`` and ``labels``.
+
+    Raises:
+        DataError: it was trained for other inputs or labels. IntegrityError: its files are not what was saved.
+    """
+    model = load_model(storage.fetch(location, verify=verify), verify=False)
+    if model.labels != labels:
+        raise DataError(
+            f"the labels of {location} are {', '.join(model.labels)}, but the dataset's {', '.join(labels)}",
+            "give a model that was trained on this dataset",
+        )
+    theirs, ours = model.encoder.describe(), encoder.describe()
+    if different := [name for name in ours if theirs.get(name) != ours[name]]:
+        told = ", ".join(f"{name} {theirs.get(name)} instead of {ours[name]}" for name in different)
+        raise DataError(
+            f"{location} reads other inputs than this dataset holds: {told}", "prepare the data for its model"
+        )
+    return model
+
+
+class Watching(nn.Module):
+    """A network whose call gives its hidden states too; made to stand inside of DDP, which has to see each call."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return self.network.watched(**inputs)
+
+
+class Teacher:
+    def __init__(self, network: Network, settings: Distillation, tell: Callable[[str], None] = lambda _: None) -> None:
+        """``network``: on its device; it stays as it is. ``tell`` is called once, should there be no hidden states."""
+        self.network, self.settings, self._tell = network.eval().requires_grad_(False), settings, tell
+
+    def watching(self, student: Network) -> nn.Module:
+        """What has to be called instead of the student."""
+        return Watching(student) if self.settings.hidden else student
+
+    def teach(
+        self, student: nn.Module, inputs: dict[str, torch.Tensor], row_losses: RowLosses
+    ) -> tuple[torch.Tensor, RowLosses]:
+        """The student's logits, fp32 [batch, classes], and the losses of the rows from now on.
+
+        ``student``: what ``watching`` gave, or a parallel of it. A row's loss is (1 - weight) of that by its label, weight
+        T^2 KL(teacher || student) at temperature T, whose square keeps the size of the gradients, and ``hidden`` times its
+        ``hidden_losses``.
+        """
+        settings = self.settings
+        with torch.no_grad():  # and no inference mode: autograd has to keep what the student is compared with
+            answers, shown = self._ask(inputs)
+        logits, states = student(**inputs) if settings.hidden else (student(**inputs), [])
+        logits = logits.float()
+        taught = settings.weight * answer_losses(logits, answers.float(), settings.temperature)
+        if settings.hidden:
+            taught = taught + settings.hidden * self._hidden(states, shown, inputs.get("attention_mask"), taught)
+
+        def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return (1.0 - settings.weight) * row_losses(logits, labels) + taught
+
+        return logits, losses
+
+    def _ask(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return self.network.watched(**inputs) if self.settings.hidden else (self.network(**inputs), [])
+
+    def _hidden(
+        self, states: list[torch.Tensor], shown: list[torch.Tensor], real: torch.Tensor | None, like: torch.Tensor
+    ) -> torch.Tensor:
+        losses = hidden_losses(states, shown, real)
+        if losses is None:
+            self._tell(_NO_STATES)
+            self._tell = lambda _: None
+            return torch.zeros_like(like)
+        return losses
+
+
+def answer_losses(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 KL(teacher || student) of logits [batch, classes], at temperature T -> [batch]."""
+    ours, theirs = (functional.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
+    return temperature**2 * functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+
+
+def layer_pairs(student: int, teacher: int) -> list[tuple[int, int]]:
+    """Which layers are compared, as 0-based indices: each of the student's ``n`` with one of the teacher's ``m``.
+
+    Counted from 1, layer i goes with layer i m / n, rounded half up and at least 1; so the last goes with the last.
+    """
+    if not teacher:
+        return []
+    return [(i - 1, max(1, math.floor(i * teacher / student + 0.5)) - 1) for i in range(1, student + 1)]
+
+
+def hidden_losses(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], real: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """How far the student's hidden states are from the teacher's: the mean over ``layer_pairs``, [batch].
+
+    States are [batch, tokens, width] or [batch, channels, height, width]. ``real``: [batch, tokens], 0 at padding. None:
+    there is nothing to compare.
+    """
+    pairs = [(student[i], teacher[j]) for i, j in layer_pairs(len(student), len(teacher))]
+    losses = [_state_losses(ours, theirs, real) for ours, theirs in pairs if ours.ndim == theirs.ndim]
+    return torch.stack(losses).mean(0) if losses else None
+
+
+def _state_losses(ours: torch.Tensor, theirs: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Of one layer. States of one shape: squared error over the teacher's squares, both summed over the row's real tokens.
+    Other numbers of channels: attention transfer (Zagoruyko & Komodakis 2017), the squared distance of the rows' maps."""
+    if ours.ndim == 4:
+        ours, theirs = _as_tokens(ours, theirs)
+    if ours.shape[1] != theirs.shape[1]:  # of a last layer, which may have been computed for the first token alone
+        ours, theirs = ours[:, :1], theirs[:, :1]
+    ours, theirs = ours.float(), theirs.float()
+    mask: Any = 1.0 if real is None else real[:, : ours.shape[1], None]
+    if ours.shape == theirs.shape:
+        errors, squares = (((x * mask) ** 2).sum((1, 2)) for x in (ours - theirs, theirs))
+        return errors / squares.clamp_min(_TINY)
+    one, other = (functional.normalize(((x * mask) ** 2).mean(2), dim=1, eps=_TINY) for x in (ours, theirs))
+    return ((one - other) ** 2).sum(1)
+
+
+def _as_tokens(*images: torch.Tensor) -> list[torch.Tensor]:
+    """[batch, channels, height, width] -> [batch, positions, channels], with the positions of the smallest of them."""
+    size = min(image.shape[2] for image in images), min(image.shape[3] for image in images)
+    return [functional.adaptive_avg_pool2d(image, size).flatten(2).transpose(1, 2) for image in images]

@@ -1,0 +1,310 @@
+"""A smaller network is physically smaller, and answers as the one whose parts are zero; where that fails, it is refused."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from tiny_networks import CLASSES, image_network, labelled, pixels, text_network, tokens
+from torch import nn
+
+from orchestrator.compression import heads, units
+from orchestrator.compression.matrices import input_size, zero_inputs
+from orchestrator.compression.parts import attentions, feed_forwards, longest_row
+from orchestrator.compression.reshaping import Reshaping, answers
+from orchestrator.compression.sensitivity import Sensitivity, measure_sensitivity
+from orchestrator.compression.structure import METHODS, Structure, methods_of, reshape
+from orchestrator.errors import CompressionFailed, RecipeError
+from orchestrator.models import post_norm
+from orchestrator.models.backbones import EnsembleNetwork, Network
+from orchestrator.models.checkpoint import count_parameters
+from orchestrator.models.reshaped import LowRank, ReshapedNetwork
+
+TEXT = tokens(9, 4, 7, 2)
+PIXELS = pixels()
+
+
+def torch_pruning() -> None:
+    pytest.importorskip("torch_pruning", reason="an optional package")
+
+
+def sensitivity_of(network: Network, inputs: dict[str, torch.Tensor]) -> Sensitivity:
+    return measure_sensitivity(network, labelled(inputs))
+
+
+def applying(network: Network, inputs: dict[str, torch.Tensor]) -> set[str]:
+    return {field for field, reason in methods_of(network, inputs).items() if not reason}
+
+
+def difference(one: Network, other: Network, inputs: dict[str, torch.Tensor]) -> float:
+    with torch.no_grad():
+        return float((one(**inputs) - other(**inputs)).abs().max())
+
+
+# ------------------------------------------------------------------------------------------------------ what applies
+
+EVERYTHING = {"layers", "heads", "units", "rank", "sparsity"}
+
+
+@pytest.mark.parametrize(
+    ("family", "lacking"),
+    [
+        ("Bert", set()), ("Roberta", set()), ("Electra", set()), ("DistilBert", set()), ("DebertaV2", set()),
+        ("Deberta", set()), ("GPT2", set()), ("GPTNeoX", set()), ("Llama", set()), ("Qwen3", set()),
+        ("ModernBert", set()), ("MPNet", {"heads"}), ("Albert", {"layers"}),
+    ],
+)  # fmt: skip
+def test_methods_that_apply_to_a_text_architecture(family: str, lacking: set[str]) -> None:
+    torch_pruning()
+    assert applying(text_network(family), TEXT) == EVERYTHING - lacking
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("resnet18", {"layers", "filters", "sparsity"}),
+        ("mobilenet_v3_small", {"filters", "rank", "sparsity"}),
+        ("convnext_tiny", {"layers", "units", "rank", "sparsity"}),
+    ],
+)
+def test_methods_that_apply_to_an_image_architecture(architecture: str, expected: set[str]) -> None:
+    torch_pruning()
+    assert applying(image_network(architecture), PIXELS) == expected
+
+
+def test_without_torch_pruning_filters_name_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    network = image_network("resnet18")
+    assert "torch-pruning, which is not installed" in methods_of(network, PIXELS)["filters"]
+    with pytest.raises(RecipeError, match=r"pip install 'ray-orchestrator\[compress\]'"):
+        reshape(network, Structure(filters=0.5), sensitivity_of(network, PIXELS), PIXELS)
+
+
+def test_shared_layers_cannot_go_alone_and_the_reason_is_told() -> None:
+    network = text_network("Albert")
+    assert methods_of(network, TEXT)["layers"] == "its layers share their weights, so that none can go alone"
+    with pytest.raises(CompressionFailed, match=r"compression.layers is 0.5, but its layers share their weights"):
+        reshape(network, Structure(layers=0.5), sensitivity_of(network, TEXT), TEXT)
+
+
+def test_position_biases_by_head_are_found_out_by_doing() -> None:
+    reason = methods_of(text_network("MPNet"), TEXT)["heads"]
+    assert reason.startswith("it does not run without some of its heads (")
+
+
+def test_an_ensemble_is_refused() -> None:
+    ensemble = EnsembleNetwork([text_network("Bert")])
+    assert set(methods_of(ensemble, TEXT).values()) == {"nothing can be taken out of a EnsembleNetwork"}
+
+
+class Crossed(nn.Module):
+    """Looks like attention with four heads, and mixes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.dense = (nn.Linear(32, 32) for _ in range(4))
+        self.num_attention_heads = 4
+
+    def forward(self, states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        mixed = self.query(states) * self.key(states).mean(-1, keepdim=True) + self.value(states)
+        return self.dense(mixed), None
+
+
+def test_what_only_looks_like_heads_is_refused() -> None:
+    network = text_network("DistilBert")
+    for layer in network.get_submodule("model.distilbert.transformer.layer"):
+        layer.attention = Crossed()  # type: ignore[assignment]
+    assert [a.heads for a in attentions(network)] == [4, 4, 4]
+    assert (
+        methods_of(network, TEXT)["heads"]
+        == "without some of its heads it does not answer as with zeros in their place"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ what comes out
+
+
+def test_nothing_asked_for_leaves_the_network_as_it_is() -> None:
+    network = text_network("Bert")
+    same = reshape(network, Structure(), Sensitivity(), TEXT)
+    assert same is not network
+    assert type(same) is type(network)
+    assert difference(same, network, TEXT) == 0.0
+
+
+FAMILIES = ("Bert", "DistilBert", "GPT2", "GPTNeoX", "Llama", "DebertaV2", "Deberta", "ModernBert")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_without_heads_answers_as_the_one_with_these_heads_zeroed(family: str) -> None:
+    network = text_network(family)
+    sensitivity = sensitivity_of(network, TEXT)
+    smaller = reshape(network, Structure(heads=0.5), sensitivity, TEXT)
+    parts = attentions(network)
+    left = {a.name: a.heads for a in attentions(smaller.inner)}  # type: ignore[attr-defined]
+    assert sum(left.values()) == sum(a.heads for a in parts) // 2
+    twin = copy.deepcopy(network)
+    for part in parts:
+        scores, out = sensitivity.heads[part.name], twin.get_submodule(part.out)
+        weakest = sorted(range(part.heads), key=lambda head, s=scores: s[head])[: part.heads - left[part.name]]  # type: ignore[misc]
+        size = input_size(out) // part.heads
+        zero_inputs(out, [head * size + column for head in weakest for column in range(size)])
+    assert difference(smaller, twin, TEXT) < 1e-5
+    assert difference(smaller, network, TEXT) > 1e-3
+    assert count_parameters(smaller) < count_parameters(network)
+
+
+def test_layers_may_keep_different_numbers_of_heads_and_the_fast_pass_still_serves_them() -> None:
+    network = text_network("Bert")
+    names = [a.name for a in attentions(network)]
+    scores = dict(zip(names, ([4.0, 4.0, 4.0, 4.0], [1.0, 2.0, 1.0, 3.0], [0.1, 0.1, 0.2, 0.1]), strict=True))
+    smaller = reshape(network, Structure(heads=0.5), Sensitivity(heads=scores), TEXT)
+    assert isinstance(smaller, ReshapedNetwork)
+    assert [a.heads for a in attentions(smaller.inner)] == [4, 1, 1]
+    assert post_norm.is_supported(smaller.model)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(**TEXT), answers(smaller, TEXT), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Bert", "GPT2", "Llama", "ModernBert"])
+def test_units_go_by_importance_in_multiples_of_eight(family: str) -> None:
+    network = text_network(family)
+    smaller = reshape(network, Structure(units=0.5), sensitivity_of(network, TEXT), TEXT)
+    left = [pair.units for pair in feed_forwards(smaller.inner)]  # type: ignore[attr-defined]
+    assert len(left) == 3
+    assert all(count % 8 == 0 and 8 <= count <= 48 for count in left)
+    assert abs(sum(left) - 72) <= 12
+
+
+@pytest.mark.parametrize("family", ["Bert", "GPT2", "Llama", "ModernBert", "DebertaV2"])
+def test_the_layers_that_matter_least_go(family: str) -> None:
+    network = text_network(family)
+    sensitivity = Sensitivity(layers=[3.0, 0.1, 2.0])
+    smaller = reshape(network, Structure(layers=0.67), sensitivity, TEXT)
+    assert isinstance(smaller, ReshapedNetwork)
+    row = longest_row(network)
+    assert row is not None
+    assert smaller.blueprint.layers == {row.path: [0, 2]}
+    whole, left = network.get_submodule(row.path), smaller.get_submodule(row.path)
+    assert len(left) == 2  # type: ignore[arg-type]
+    one, other = whole[2].state_dict(), left[1].state_dict()  # type: ignore[index]
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_low_rank_has_the_rank_it_is_told_and_the_head_stays() -> None:
+    network = text_network("Bert")
+    smaller = reshape(network, Structure(rank=0.5), sensitivity_of(network, TEXT), TEXT)
+    pairs = {name: pair for name, pair in smaller.named_modules() if isinstance(pair, LowRank)}
+    assert {pair[0].weight.shape[0] for name, pair in pairs.items() if ".attention." in name} == {
+        8
+    }  # 0.5 * 32 * 32 / 64
+    assert {pair[0].weight.shape[0] for name, pair in pairs.items() if "intermediate" in name} == {
+        9
+    }  # 0.5 * 48 * 32 / 80
+    assert type(smaller.get_submodule("model.classifier")) is nn.Linear
+    assert count_parameters(smaller) < count_parameters(network)
+    assert not post_norm.is_supported(smaller.get_submodule("model"))
+
+
+def test_a_higher_rank_is_nearer_to_the_whole_network() -> None:
+    network = text_network("Bert")
+    sensitivity = sensitivity_of(network, TEXT)
+    far, near = (reshape(network, Structure(rank=rank), sensitivity, TEXT) for rank in (0.2, 0.95))
+    assert difference(near, network, TEXT) < difference(far, network, TEXT)
+
+
+def test_columns_whose_inputs_are_large_are_kept_more_faithfully() -> None:
+    network = text_network("Bert")
+    sensitivity = sensitivity_of(network, TEXT)
+    blind = reshape(network, Structure(rank=0.6), Sensitivity(), TEXT)
+    seeing = reshape(network, Structure(rank=0.6), sensitivity, TEXT)
+    assert difference(seeing, network, TEXT) < difference(blind, network, TEXT)
+
+
+def test_zeros_are_the_smallest_weights_and_stay_zero_in_training() -> None:
+    network = text_network("Bert")
+    sparse = reshape(network, Structure(sparsity=0.6), Sensitivity(), TEXT)
+    matrices = [m.weight for m in sparse.modules() if isinstance(m, nn.Linear)]
+    share = sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
+    assert share == pytest.approx(0.6, abs=0.01)
+    zeros = [(weight == 0).clone() for weight in matrices]
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.01, weight_decay=0.1)
+    before = matrices[0].detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(sparse(**TEXT), torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+    assert all(torch.equal(weight == 0, zero) for weight, zero in zip(matrices, zeros, strict=True))
+    assert not torch.equal(matrices[0], before)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "densenet121"]
+)
+def test_filters_go_in_multiples_of_eight_and_all_classes_stay(architecture: str) -> None:
+    torch_pruning()
+    network = image_network(architecture)
+    smaller = reshape(network, Structure(filters=0.6), sensitivity_of(network, PIXELS), PIXELS)
+    whole = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+    left = {name: m for name, m in smaller.named_modules() if isinstance(m, nn.Conv2d)}
+    narrower = [name for name in whole if left[name].out_channels < whole[name].out_channels]
+    assert len(narrower) > len(whole) / 4
+    assert all(left[name].out_channels % 8 == 0 for name in narrower)
+    assert smaller(**PIXELS).shape == (2, CLASSES)
+    assert count_parameters(smaller) < 0.85 * count_parameters(network)
+
+
+def test_all_methods_go_together_and_again_on_what_is_left() -> None:
+    network = text_network("Bert")
+    everything = Structure(layers=0.67, heads=0.75, units=0.7, rank=0.8, sparsity=0.2)
+    once = reshape(network, everything, sensitivity_of(network, TEXT), TEXT)
+    twice = reshape(once, Structure(layers=0.5, heads=0.5), sensitivity_of(once, TEXT), TEXT)
+    sizes = [count_parameters(n) for n in (network, once, twice)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+    assert isinstance(twice, ReshapedNetwork)
+    (kept,) = twice.blueprint.layers.values()
+    assert len(kept) == 1
+    assert twice.blueprint.sparse
+    assert applying(twice, TEXT) >= {"units", "sparsity"}
+
+
+def test_the_given_network_is_never_changed() -> None:
+    network = text_network("Llama").train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    layers = network.model.config.num_hidden_layers  # type: ignore[union-attr]
+    sensitivity = sensitivity_of(network, TEXT)
+    reshape(network, Structure(layers=0.3, heads=0.5, units=0.5, rank=0.5, sparsity=0.5), sensitivity, TEXT)
+    methods_of(network, TEXT)
+    after = network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert network.training
+    assert network.model.config.num_hidden_layers == layers  # type: ignore[union-attr]
+
+
+def test_a_sensitivity_of_another_network_is_refused() -> None:
+    network = text_network("Bert")
+    with pytest.raises(CompressionFailed, match="the sensitivity does not know the attention"):
+        reshape(network, Structure(heads=0.5), Sensitivity(), TEXT)
+    with pytest.raises(CompressionFailed, match="the sensitivity knows 0 layers, the network has 3"):
+        reshape(network, Structure(layers=0.5), Sensitivity(), TEXT)
+
+
+def test_after_a_removal_the_sensitivity_is_that_of_what_is_left() -> None:
+    network = text_network("GPT2")
+    state = units.apply(heads.apply(Reshaping(network, sensitivity_of(network, TEXT)), 0.5, TEXT), 0.5, TEXT)
+    for part in attentions(state.network):
+        assert len(state.sensitivity.heads[part.name]) == part.heads
+        assert len(state.sensitivity.inputs[part.out]) == input_size(state.network.get_submodule(part.out))
+    for pair in feed_forwards(state.network):
+        assert len(state.sensitivity.units[pair.down]) == len(state.sensitivity.inputs[pair.down]) == pair.units
+
+
+def test_every_field_of_the_structure_has_its_method() -> None:
+    assert list(METHODS) == list(Structure.__dataclass_fields__)
+    assert all(getattr(Structure(), field) == method.untouched for field, method in METHODS.items())
