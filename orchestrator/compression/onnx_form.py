@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from orchestrator.compression.tracing import Batch, Traceable, quiet, traceable
+from orchestrator.compression.tracing import Batch, Traceable, first_that_agrees, quiet, traceable
 from orchestrator.models.backbones import Network
 from orchestrator.models.runtimes import ONNX_FILE, Answering, needed, onnx_session
 
@@ -62,12 +63,12 @@ def _write(
         needed(package)
     traced = traceable(network, batches)
     with quiet():
-        model = quantised(_exported(traced), traced, batches)
-        _save(model, folder / ONNX_FILE)
+        model = quantised(exported(traced), traced, batches)
+        save(model, folder / ONNX_FILE)
     Answering("onnxruntime", traced.classes, traced.names, traced.parameters).write(folder)
 
 
-def _save(model: Model, file: Path) -> None:
+def save(model: Model, file: Path) -> None:
     import onnx
 
     if model.ByteSize() > _LARGE_BYTES:
@@ -78,38 +79,49 @@ def _save(model: Model, file: Path) -> None:
         onnx.save_model(model, file)
 
 
-def _exported(traced: Traceable) -> Model:
-    """By way of TorchScript, whose graphs ONNX Runtime computes faster; by way of ``torch.export`` where that fails.
+def exported(traced: Traceable) -> Model:
+    """By way of TorchScript, whose graphs ONNX Runtime computes faster; by way of ``torch.export`` where that knows an operator
+    less, or takes for constant what is not.
 
     ONNX Runtime's own optimiser for transformers is left out: beside what a session does anyway it brought nothing.
     """
     import onnx
 
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        file = Path(scratch) / ONNX_FILE
-        try:
-            _by_torchscript(traced, file)
-            onnx_session(file, torch.get_num_threads())  # it also writes what the standard forbids
-        except Exception:  # noqa: BLE001  it knows fewer operators than the other, and says so in many ways
-            _by_export(traced, file)
+        ways = [partial(way, traced, Path(scratch) / f"{number}.onnx")
+                for number, way in enumerate((_by_torchscript, _by_export))]  # fmt: skip
+        file, _ = first_that_agrees(traced, ways, _answers)
         return onnx.load(file)
 
 
-def _by_torchscript(traced: Traceable, file: Path) -> None:
+Exported = tuple[Path, Any]
+"""A file and a session of it."""
+
+
+def _answers(made: Exported, inputs: tuple[torch.Tensor, ...]) -> np.ndarray:
+    session = made[1]
+    names = [one.name for one in session.get_inputs()]
+    logits: np.ndarray = session.run(None, {name: one.numpy() for name, one in zip(names, inputs, strict=True)})[0]
+    return logits
+
+
+def _by_torchscript(traced: Traceable, file: Path) -> Exported:
     sizes = ("batch", "tokens")
     axes = {name: {d: sizes[d] for d in varying} for name, varying in zip(traced.names, traced.varying, strict=True)}
     torch.onnx.export(
         traced.module, traced.example, file, input_names=list(traced.names), output_names=[_OUTPUT],
         dynamic_axes=axes | {_OUTPUT: {0: "batch"}}, opset_version=_OPSET, dynamo=False,
     )  # fmt: skip
+    return file, onnx_session(file, torch.get_num_threads())
 
 
-def _by_export(traced: Traceable, file: Path) -> None:
+def _by_export(traced: Traceable, file: Path) -> Exported:
     program = torch.onnx.export(
         traced.exported(), input_names=list(traced.names), output_names=[_OUTPUT], dynamo=True, verbose=False
     )
     assert program is not None  # as no file was given
     program.save(file)
+    return file, onnx_session(file, torch.get_num_threads())
 
 
 def _dynamic(model: Model, traced: Traceable, _: Sequence[Batch]) -> Model:

@@ -7,16 +7,19 @@ back when it is used.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from orchestrator.compression.tracing import Batch, Traceable, quiet, traceable
+from orchestrator.compression import onnx_form
+from orchestrator.compression.tracing import Batch, Traceable, first_that_agrees, quiet, traceable
 from orchestrator.models.backbones import Network
 from orchestrator.models.hardware import has_bf16
-from orchestrator.models.runtimes import OPENVINO_FILE, Answering, needed
+from orchestrator.models.runtimes import OPENVINO_FILE, Answering, is_installed, needed, openvino_compiled
 
 _GROUP = 64
 """Weights that share a scale, in int4."""
@@ -68,12 +71,42 @@ def _write(
 
 
 def _converted(traced: Traceable) -> Model:
+    """From torch where that gives the network's answers; by way of ONNX, whose operators OpenVINO knows better, where not."""
     openvino = needed("openvino")
-    model = openvino.convert_model(traced.module, example_input=traced.example)
+
+    def traced_by_openvino() -> Converted:
+        return _compiled(openvino.convert_model(traced.module, example_input=traced.example), traced)
+
+    def exported_by_torch() -> Converted:
+        return _compiled(openvino.convert_model(traced.exported()), traced)
+
+    def by_onnx() -> Converted:
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "model.onnx"
+            onnx_form.save(onnx_form.exported(traced), file)
+            return _compiled(openvino.convert_model(file), traced)
+
+    ways = [traced_by_openvino, exported_by_torch]
+    if is_installed("onnxruntime") and is_installed("onnx"):
+        ways.append(by_onnx)
+    return first_that_agrees(traced, ways, _answers)[0]
+
+
+Converted = tuple[Model, Any]
+"""A model and a request for answers of it."""
+
+
+def _answers(converted: Converted, inputs: tuple[torch.Tensor, ...]) -> np.ndarray:
+    return np.array(converted[1].infer([tensor.numpy() for tensor in inputs])[0])
+
+
+def _compiled(model: Model, traced: Traceable) -> Converted:
+    """With the sizes that do not vary set."""
+    openvino = needed("openvino")
     shapes = [[-1 if d in varying else size for d, size in enumerate(tensor.shape)]
               for tensor, varying in zip(traced.example, traced.varying, strict=True)]  # fmt: skip
     model.reshape({port: openvino.PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)})
-    return model
+    return model, openvino_compiled(model, "f32", torch.get_num_threads()).create_infer_request()
 
 
 def _calibrated(model: Model, traced: Traceable, batches: Sequence[Batch]) -> Model:

@@ -12,12 +12,15 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
+from orchestrator.errors import CompressionFailed
 from orchestrator.models import post_norm
 from orchestrator.models.backbones import Network, TransformersNetwork
 from orchestrator.models.reshaped import ReshapedNetwork
@@ -25,6 +28,8 @@ from orchestrator.models.reshaped import ReshapedNetwork
 Batch = Mapping[str, torch.Tensor]
 _EXAMPLE_ROWS = 3
 """An exporter takes a size of 1 for a constant."""
+_SAME = 1e-3
+"""Of a probability: more than another order of fp32 sums makes."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +117,75 @@ class _TracedTransformers(nn.Module):
         return logits
 
 
-def _for_tracing(network: nn.Module) -> nn.Module:
-    if type(network) is TransformersNetwork:
-        return _TracedTransformers(network.model)
-    for name, module in list(network.named_modules()):
-        if name and type(module) is TransformersNetwork:
-            parent, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, _TracedTransformers(module.model))
-    return network
+def _for_tracing(module: nn.Module) -> nn.Module:
+    """With each ``TransformersNetwork`` in it, also that of a reshaped one or of an ensemble's members, made traceable."""
+    if isinstance(module, ReshapedNetwork):
+        return _for_tracing(module.inner)
+    if type(module) is TransformersNetwork:
+        return _TracedTransformers(module.model)
+    for name, child in list(module.named_children()):
+        setattr(module, name, _for_tracing(child))
+    return module
+
+
+Converted = TypeVar("Converted")
+
+
+def first_that_agrees(
+    traced: Traceable,
+    ways: Sequence[Callable[[], Converted]],
+    answers: Callable[[Converted, tuple[torch.Tensor, ...]], np.ndarray],
+) -> Converted:
+    """What the first way of conversion gave that answers as the network does, on other sizes than the example's too.
+
+    A converter that meets something it does not know raises at best; at worst it makes a constant of what it saw.
+
+    Raises whatever the last way raised, or CompressionFailed if its result answers otherwise.
+    """
+    questions = _questions(traced)
+    for way in ways:
+        is_last = way is ways[-1]
+        try:
+            converted = way()
+            distance = max(_distance(wanted, answers(converted, inputs)) for inputs, wanted in questions)
+        except Exception:
+            if is_last:
+                raise
+            continue
+        if distance < _SAME:
+            return converted
+        if is_last:
+            raise CompressionFailed(
+                f"the converted network does not answer as the network does: a probability differs by {distance:.2g}",
+                "choose another form",
+            )
+    raise AssertionError("no way of conversion was given")
+
+
+def _distance(logits: torch.Tensor, answer: np.ndarray) -> float:
+    """Largest difference of a probability; infinite where one is no number."""
+    difference = (logits.softmax(-1) - torch.from_numpy(answer).softmax(-1)).abs().max().item()
+    return difference if difference == difference else float("inf")
+
+
+def _questions(traced: Traceable) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    """Inputs of several sizes, and the logits they should get."""
+    whole = traced.example
+    variants = [whole, tuple(tensor[:1] for tensor in whole), tuple(tensor.repeat(3, *[1] * (tensor.dim() - 1))[:7]
+                                                                    for tensor in whole)]  # fmt: skip
+    if traced.is_text:
+        tokens = whole[0].shape[1]
+        variants += [
+            tuple(tensor[:2, : max(1, tokens // 2)] for tensor in whole),
+            tuple(torch.cat([tensor[:1], torch.zeros_like(tensor[:1])], 1) for tensor in whole),  # half of it padding
+            tuple(tensor.repeat(1, 4) for tensor in whole),
+        ]
+    questions = []
+    with torch.no_grad():
+        for inputs in variants:
+            with contextlib.suppress(Exception):  # longer than the network's positions
+                questions.append((inputs, traced.module(*inputs)))
+    return questions
 
 
 @contextlib.contextmanager

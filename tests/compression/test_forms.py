@@ -7,19 +7,22 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import tiny_networks
 import torch
 from small_networks import image_network, pictures, save_around, text_network, texts
+from tiny_networks import tokens
 
 from orchestrator.compression.cost import folder_bytes, parity
 from orchestrator.compression.forms import FORMS, available
+from orchestrator.compression.sensitivity import measure_sensitivity
+from orchestrator.compression.structure import Structure, reshape
 from orchestrator.compression.tracing import quiet
-from orchestrator.data.torchvision_ops import ensure_torchvision
 from orchestrator.errors import CompressionFailed, IntegrityError, UserError
-from orchestrator.models.backbones import Network, load_network
+from orchestrator.models.backbones import EnsembleNetwork, Network, load_network
 from orchestrator.models.checkpoint import count_parameters
 from orchestrator.models.hardware import has_bf16
 from orchestrator.models.runtimes import is_installed
@@ -153,26 +156,30 @@ def test_other_architectures_as_a_program(architecture: str, tmp_path: Path) -> 
     assert not any("batch_norm" in step["op"] for step in steps)
 
 
-@pytest.mark.parametrize("family", ["Roberta", "DistilBert", "Electra", "ModernBert"])
+@pytest.mark.parametrize(
+    "family",
+    ["Roberta", "GPT2", "ModernBert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("Deberta", "DebertaV2"))],
+)
 @pytest.mark.parametrize("form", EXACT)
-def test_other_encoders(form: str, family: str, tmp_path: Path) -> None:
-    ensure_torchvision()
-    import transformers
-
-    from orchestrator.models.backbones import TransformersNetwork
-
-    sizes: dict[str, Any] = {"vocab_size": 90, "pad_token_id": 0, "num_labels": 3}
-    if family == "DistilBert":
-        sizes |= {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24}
-    else:
-        sizes |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**sizes)
-    network = TransformersNetwork(getattr(transformers, f"{family}ForSequenceClassification")(config)).eval()
-    FORMS[form].convert(network, [texts(9, 4, words=90)], tmp_path)
+def test_other_families_of_texts(form: str, family: str, tmp_path: Path) -> None:
+    """Each has something that one of the exporters makes a constant of, or does not know."""
+    network = tiny_networks.text_network(family)
+    FORMS[form].convert(network, [tokens(9, 9)], tmp_path)
     found = load_network(tmp_path)
-    for inputs in (texts(9, 4, words=90), texts(3, words=90), texts(20, 31, 2, words=90)):
+    for inputs in (tokens(9, 4), tokens(3), tokens(20, 31, 2)):
         assert np.abs(answers(network, inputs) - answers(found, inputs)).max() < 1e-4
+
+
+@pytest.mark.parametrize("form", EXACT)
+def test_an_ensemble_of_a_pruned_and_a_whole_network(form: str, tmp_path: Path) -> None:
+    """The example has no padding, and padding counts none the less."""
+    whole, other = tiny_networks.text_network("Bert"), tiny_networks.text_network("DistilBert")
+    sensitivity = measure_sensitivity(whole, [(tokens(9, 9, 4), torch.tensor([0, 1, 2]))])
+    pruned = reshape(whole, Structure(layers=0.67, heads=0.5, units=0.5), sensitivity, tokens(9, 4))
+    network = EnsembleNetwork([pruned, other]).eval()
+    FORMS[form].convert(network, [tokens(9, 9)], tmp_path)
+    for inputs in (tokens(9, 4), tokens(20, 31, 2)):
+        assert np.abs(answers(network, inputs) - answers(load_network(tmp_path), inputs)).max() < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------- alone
