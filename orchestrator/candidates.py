@@ -23,6 +23,7 @@ from orchestrator.compression.rows import Rows
 from orchestrator.compression.sensitivity import Sensitivity, measure_sensitivity
 from orchestrator.compression.structure import Structure, reshape
 from orchestrator.compression.survey import Survey, folder_of_base
+from orchestrator.data.text import TextEncoder
 from orchestrator.errors import DiskFull, OrchestratorError
 from orchestrator.models.checkpoint import count_parameters, load_model, save_model, save_surroundings
 from orchestrator.progress import ignore
@@ -68,6 +69,8 @@ class Candidates:
     location: str
     """Of the study: its candidates lie below."""
     placement: Placement
+    answers: str | None = None
+    """Location of what the uncompressed model says of the training rows; None: students ask it."""
 
     def location_of(self, number: int) -> str:
         return part_location(self.location, TRIALS, number)
@@ -105,8 +108,15 @@ def settings_of(recipe: Recipe) -> Compression:
 
 def structure_of(settings: Compression) -> Structure:
     return Structure(
-        settings.layers, settings.heads, settings.units, settings.filters, settings.rank, settings.sparsity
-    )
+        settings.layers, settings.heads, settings.units, settings.filters, settings.vocabulary, settings.rank,
+        settings.sparsity,
+    )  # fmt: skip
+
+
+def has_student(settings: Compression) -> bool:
+    """Whether anything but the form differs from the uncompressed model."""
+    changed = structure_of(settings) != Structure() or settings.max_tokens is not None
+    return changed or settings.recovery.fake_int8
 
 
 def write_form(storage: Storage, student: Path, location: str, settings: Compression, rows: Rows) -> None:
@@ -130,7 +140,9 @@ class Student:
     @staticmethod
     def key_of(recipe: Recipe) -> str:
         settings = settings_of(recipe)
-        return sha256_json([vars(structure_of(settings)), settings.recovery.model_dump(mode="json")])
+        return sha256_json(
+            [vars(structure_of(settings)), settings.max_tokens, settings.recovery.model_dump(mode="json")]
+        )
 
     @cached_property
     def base(self) -> str:
@@ -144,7 +156,7 @@ class Student:
 
     def location(self) -> str:
         """Of the saved student. Raises what training raises."""
-        if self.structure == Structure() and not self.recovery.fake_int8:
+        if not has_student(self.settings):
             return self.base  # there is nothing to recover from
         shared = f"{self.study.location}/{STUDENTS}/{self.key_of(self.recipe)[:12]}"
         if not self.storage.exists(shared):
@@ -173,23 +185,23 @@ class Student:
 
     def _make_smaller(self, source: str, target: str, step: int, steps: int) -> None:
         model = load_model(self.storage.fetch(source))
-        batches = list(self.rows.labelled(model.encoder, self.settings.calibration_rows))
-        known = step == 0  # later steps look anew at what matters in what is left
-        sensitivity = (
-            Sensitivity.from_json(self.study.survey.sensitivity)
-            if known
-            else measure_sensitivity(model.network, batches)
-        )
+        encoder, limit = model.encoder, self.settings.max_tokens
+        if limit and isinstance(encoder, TextEncoder):
+            encoder = encoder.shortened(limit)
+        batches = list(self.rows.labelled(encoder, self.settings.calibration_rows))
+        sensitivity = Sensitivity.from_json(self.study.survey.sensitivity)
+        if step:  # look anew at what matters in what is left
+            sensitivity = replace(measure_sensitivity(model.network, batches), tokens=sensitivity.tokens)
         smaller = reshape(model.network, part_of(self.structure, step, steps), sensitivity, batches[0][0])
         with self.storage.publish(target) as folder:
-            save_model(folder, smaller, model.encoder, model.labels, model.task)
+            save_model(folder, smaller, encoder, model.labels, model.task)
 
     def _recovered(self, start: str, place: str, step: int, steps: int) -> str:
         """Trained on, with the uncompressed model as teacher."""
         recipe = self._training(step, steps)
         stage = TrainStage(
             recipe, self.storage, self._engine(place), ignore, lambda _: np.empty(0), is_trial=True,
-            start=start, teacher=self.study.parent.model_location,
+            start=start, teacher=self.study.parent.model_location, answers=self.study.answers,
         )  # fmt: skip
         key = sha256_json([self.study.parent.key, self.key_of(self.recipe), step])
         return stage.train(self.study.dataset, key, place).model_location

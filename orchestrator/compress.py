@@ -14,20 +14,20 @@ from functools import cached_property
 
 import numpy as np
 
-from orchestrator.candidates import Candidates, settings_of
+from orchestrator.candidates import Candidates, has_student, settings_of
 from orchestrator.compression.changes import changes_of
 from orchestrator.compression.forms import available
 from orchestrator.compression.limits import bounds_of, misses, nobody_keeps
 from orchestrator.compression.measuring import QUALITY, scaled
-from orchestrator.compression.on_ray import FinalCosts, FinalJob, final_costs_on_ray, survey_on_ray
-from orchestrator.compression.presets import usual_space
+from orchestrator.compression.on_ray import FinalCosts, FinalJob, ask_teacher_on_ray, final_costs_on_ray, survey_on_ray
+from orchestrator.compression.presets import FORM, first_points, usual_space
 from orchestrator.compression.survey import Survey, SurveyJob
 from orchestrator.data.dataset import SLICE, Split
 from orchestrator.errors import CompressionFailed, IntegrityError, RecipeError
 from orchestrator.evaluation.metrics import summary
 from orchestrator.models.checkpoint import CARD
 from orchestrator.progress import Event, Report
-from orchestrator.recipe import Recipe
+from orchestrator.recipe import Augmentation, Recipe
 from orchestrator.recipe_compression import Compression
 from orchestrator.recipe_file import to_yaml
 from orchestrator.recipe_tuning import MAXIMIZED, Tuning
@@ -40,6 +40,7 @@ from orchestrator.storage import (
     REPORT,
     STUDENTS,
     SURVEY,
+    TEACHER,
     Storage,
     atomic_write,
     folder_bytes,
@@ -152,8 +153,13 @@ class _Sweep:
         return SurveyJob(
             self.storage.url, self.parent.model_location, self.dataset.location, self.settings.calibration_rows,
             self.recipe.evaluation.batch_size, self.recipe.serving.max_batch_size, self.settings.threads,
-            int(self.placement.cpus_per_worker), self.recipe.seed,
+            self._cpus(), self.recipe.seed, self.placement.device,
         )  # fmt: skip
+
+    def _cpus(self) -> int:
+        """Of one node, for what runs while nothing else does."""
+        there = self.stage.connect().resources
+        return max(1, int(min(there.free_cpus, there.cpus_of_largest_node)))
 
     def _survey(self) -> Survey:
         place = f"{self.location}/{SURVEY}"
@@ -172,11 +178,11 @@ class _Sweep:
     def _space(self) -> Space:
         """Raises RecipeError where a method that is asked for does not apply."""
         methods = self.survey.methods
-        usual = usual_space(methods, self.stage.forms, self.settings)
+        usual = usual_space(methods, self.stage.forms, self.settings, self.recipe.model.max_tokens)
         space = Space(self.recipe, self.settings.space or usual, "compression")
         searched = {p.path.removeprefix("compression.") for p in space.parameters}
         for method, why in methods.items():
-            untouched = 0.0 if method == "sparsity" else 1.0
+            untouched = Compression.model_fields[method].default
             if why and (method in searched or getattr(self.settings, method) != untouched):
                 raise RecipeError(f"compression.{method} does not apply to {self.parent.backbone}", why)
             if why:
@@ -184,11 +190,9 @@ class _Sweep:
         return space
 
     def _first_points(self) -> list[Point]:
-        """The network as it is, in each form: quick, and what forms alone can do."""
-        own, path = self.space.default(0.0), "compression.form"
-        forms = {p.path: p.dimension.values for p in self.space.parameters}.get(path, ())
-        points = [{**own, path: form} for form in forms] if own else []
-        return [point for point in points if self.space.contains(point)][: max(1, self.settings.trials // 2)]
+        dimensions = {p.path: p.dimension for p in self.space.parameters}
+        points = first_points(dimensions, self.space.default(0.0))
+        return [point for point in points if self.space.contains(point)][: max(1, self.settings.trials * 2 // 3)]
 
     def _study(self) -> Study:
         tuning = self._tuning()
@@ -214,7 +218,9 @@ class _Sweep:
     def _search(self, study: Study) -> None:
         from orchestrator.tuning.on_ray import Budget, Room, Watcher, search
 
-        candidates = Candidates(self.recipe, self.parent, self.dataset, self.survey, self.location, self.placement)
+        candidates = Candidates(
+            self.recipe, self.parent, self.dataset, self.survey, self.location, self.placement, self._answers()
+        )
         keeper = Keeper(study, self.storage, (t for t in outcome.records_of(study) if t.state != "running"))
         shown = WatchedCandidates(study, candidates, keeper, self.settings, self.before, self.report)
         own_workers = self.placement.workers > 1  # they take the room, the candidate's own process only waits for them
@@ -227,6 +233,20 @@ class _Sweep:
             self.stage.connect(), Watcher(shown.begun, shown.epoch, shown.ended, shown.waiting),
         )  # fmt: skip
         keeper.sweep()
+
+    def _answers(self) -> str | None:
+        """Location of the uncompressed model's on the training rows, if students learn them and a row is always the same."""
+        recovery, training, path = self.settings.recovery, self.recipe.training, "compression.recovery."
+        searched = {p.path.removeprefix(path) for p in self.space.parameters if p.path.startswith(path)}
+        taught = (recovery.epochs and recovery.distillation) or searched & {"epochs", "distillation"}
+        students = has_student(self.settings) or any(p.path != FORM for p in self.space.parameters)
+        if not taught or not students or training.mixup or training.augmentation != Augmentation():
+            return None
+        location = f"{self.location}/{TEACHER}"
+        if not self.storage.exists(location):
+            self.report(Event("compress", message="asking the uncompressed model about the training rows"))
+            ask_teacher_on_ray(self._survey_job(), location)
+        return location
 
     # --------------------------------------------------------------------------------------------------------- decide
 

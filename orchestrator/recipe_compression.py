@@ -104,6 +104,11 @@ class Compression(Section):
     """Share of the feed-forward units that stays."""
     filters: Share = 1.0
     """Share of a convolutional network's filters that stays."""
+    vocabulary: Share = 1.0
+    """Share of the rows in the table of tokens that stays: those of the most frequent tokens in the training rows. The
+    tokenizer stays as it is; a rare token reads the row of the one that is most like it."""
+    max_tokens: int | None = Field(default=None, ge=4, le=8192)
+    """Cut texts to this many tokens. None: as the uncompressed model does."""
     rank: Share = 1.0
     """Linear layers as products of two thinner ones: share of the rank at which both cost as much as the one; 1: as they
     are."""

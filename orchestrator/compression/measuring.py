@@ -21,7 +21,7 @@ from orchestrator.evaluation.metrics import summary
 from orchestrator.models.checkpoint import SavedModel, load_model
 from orchestrator.recipe_compression import Compression
 
-_TIMED_INPUTS, _ROUNDS, _FEW_ROUNDS = 64, 3, 1
+_TIMED_INPUTS, _ROUNDS, _FEW_ROUNDS = 32, 3, 1
 _FP32_DIFFERENCE = 1e-3
 """Of a probability: more than another order of fp32 sums makes."""
 QUALITY = ("macro_f1", "weighted_f1", "accuracy", "loss")

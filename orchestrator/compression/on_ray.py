@@ -12,11 +12,11 @@ import ray
 
 from orchestrator.compression.cost import Costs, measure_beside
 from orchestrator.compression.rows import Rows
-from orchestrator.compression.survey import Survey, SurveyJob, survey
+from orchestrator.compression.survey import Survey, SurveyJob, ask_teacher, survey
 from orchestrator.models.checkpoint import load_model
 from orchestrator.storage import Storage
 
-_TIMED_INPUTS, _ROUNDS = 64, 7
+_TIMED_INPUTS, _ROUNDS, _ROUNDS_OF_ALL_THREADS = 64, 5, 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ def survey_on_ray(job: SurveyJob) -> Survey:
     return found
 
 
+def ask_teacher_on_ray(job: SurveyJob, location: str) -> None:
+    gpus = 1 if job.device == "cuda" else 0
+    ray.get(ray.remote(num_cpus=job.cpus, num_gpus=gpus, max_retries=1)(ask_teacher).remote(job, location))
+
+
 def final_costs_on_ray(job: FinalJob) -> FinalCosts:
     found: FinalCosts = ray.get(ray.remote(num_cpus=job.survey.cpus, max_retries=1)(_final_costs).remote(job))
     return found
@@ -50,5 +55,5 @@ def _final_costs(job: FinalJob) -> FinalCosts:
     rows = Rows(storage.fetch(settings.dataset, verify=False), settings.seed)
     inputs = rows.raw(load_model(next(iter(folders.values()))).encoder, _TIMED_INPUTS)
     one = measure_beside(folders, inputs, settings.serving_batch, settings.threads, _ROUNDS)
-    all_ = measure_beside(folders, inputs, settings.serving_batch, settings.cpus, _ROUNDS, probe=False)
+    all_ = measure_beside(folders, inputs, settings.serving_batch, settings.cpus, _ROUNDS_OF_ALL_THREADS, probe=False)
     return FinalCosts({int(n): costs for n, costs in one.items()}, {int(n): costs for n, costs in all_.items()})

@@ -1,7 +1,8 @@
 """What can be taken out of a network, found by the names and shapes of its modules.
 
 In: a network of any architecture. Out: its row of layers, its attentions with the matrices of their heads, its feed-forward
-pairs. Finding claims nothing: whoever takes a part out proves that it was what it looked like (``reshaping.py``).
+pairs, its table of tokens. Finding claims nothing: whoever takes a part out proves that it was what it looked like
+(``reshaping.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import takewhile
 from torch import nn
 
 from orchestrator.compression.matrices import input_size, is_matrix, output_size
+from orchestrator.models.reshaped import SharedEmbedding
 
 _SEPARATE = (
     ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"),
@@ -150,3 +152,20 @@ def _matrices(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if is_matrix(module) and module not in inside:
             inside.update(module.children())
             yield name, module
+
+
+def token_tables(network: nn.Module) -> list[str]:
+    """Every name of the module that turns tokens into vectors; empty where there is none."""
+    find = getattr(network.get_submodule("model"), "get_input_embeddings", None)
+    try:
+        table = find() if find else None
+    except NotImplementedError:
+        table = None
+    if not isinstance(table, nn.Embedding):
+        return []
+    return [name for name, module in network.named_modules(remove_duplicate=False) if module is table]
+
+
+def tokens_of(table: nn.Module) -> int:
+    """How many tokens the tokenizer may give it."""
+    return len(table.row_of if isinstance(table, SharedEmbedding) else table.weight)  # type: ignore[arg-type]

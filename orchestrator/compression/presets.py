@@ -1,4 +1,4 @@
-"""What is tried where a recipe leaves ``compression.space`` out: what architecture and installed runtimes allow. Pure."""
+"""What is tried where a recipe leaves ``compression.space`` out, and what is tried first. Pure."""
 
 from __future__ import annotations
 
@@ -8,22 +8,65 @@ from typing import Any
 from orchestrator.recipe_compression import Compression
 from orchestrator.recipe_tuning import Dimension
 
+FORM = "compression.form"
+_RECOVERY = "compression.recovery."
 _SHARES: dict[str, tuple[float, ...]] = {
-    "layers": (0.17, 0.34, 0.5, 0.67, 1.0), "heads": (0.5, 1.0), "units": (0.25, 0.5, 1.0), "filters": (0.35, 0.5, 0.7, 1.0),
+    "layers": (0.17, 0.34, 0.5, 0.67, 1.0), "heads": (0.5, 1.0), "units": (0.25, 0.5, 1.0), "vocabulary": (0.25, 1.0),
+    "filters": (0.35, 0.5, 0.7, 1.0),
 }  # fmt: skip
 """Few values of each, so that candidates share students. Low rank and zeros are left to who asks for them."""
 _FORMS = ("openvino-int8", "onnxruntime-int8", "onnxruntime-int8-static", "openvino-bf16", "openvino-int8-weights",
           "openvino-fp32", "onnxruntime-fp32", "torch-bf16", "torch-fp32")  # fmt: skip
 _MOST_FORMS = 6
+_RUNGS = (2 / 3, 1 / 3, 0.0)
+"""How much is left of what can be taken out, in candidates that show how far it can go."""
+_RUNGS_IN = 2
+"""Forms."""
+_SHORTEST = 16
+"""Tokens that texts are cut to, at least."""
 
 
-def usual_space(methods: Mapping[str, str], forms: Mapping[str, str], settings: Compression) -> dict[str, Dimension]:
-    """``methods``, ``forms``: name -> nothing, or why it cannot be had."""
+def usual_space(
+    methods: Mapping[str, str], forms: Mapping[str, str], settings: Compression, max_tokens: int
+) -> dict[str, Dimension]:
+    """``methods``, ``forms``: name -> nothing, or why it cannot be had. ``max_tokens``: of the uncompressed model."""
     space: dict[str, Any] = {
         f"compression.{method}": {"choice": sorted({*shares, getattr(settings, method)})}
         for method, shares in _SHARES.items()
-        if not methods.get(method)
+        if not methods.get(method, "unknown")
     }
+    if not methods.get("max_tokens", "unknown") and max_tokens // 2 >= _SHORTEST:
+        space["compression.max_tokens"] = {"choice": list(dict.fromkeys((max_tokens // 2, settings.max_tokens)))}
     here = [form for form in _FORMS if not forms[form]][:_MOST_FORMS]
-    space["compression.form"] = {"choice": list(dict.fromkeys((*here, settings.form)))}
+    space[FORM] = {"choice": list(dict.fromkeys((*here, settings.form)))}
     return {path: Dimension.model_validate(dimension) for path, dimension in space.items()}
+
+
+def first_points(dimensions: Mapping[str, Dimension], own: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What no sampler has to find out: the network as it is in each form, and a ladder, with less and less left of
+    everything at once, in the first forms of int8.
+
+    ``own``: the recipe's values, if all lie within their dimensions.
+    """
+    forms = dimensions[FORM].values if FORM in dimensions else ()
+    points = [{**own, FORM: form} for form in forms] if own else []
+    shares = {path: _falling(path, d) for path, d in dimensions.items() if not path.startswith((FORM, _RECOVERY))}
+    if not own or not shares or not all(shares.values()):
+        return points
+    rungs = [
+        {path: values[round((1.0 - left) * (len(values) - 1))] for path, values in shares.items()} for left in _RUNGS
+    ]
+    for form in [form for form in forms if form.endswith("int8")][:_RUNGS_IN] or [None]:
+        points += [own | rung | ({FORM: form} if form else {}) for rung in rungs]
+    return points
+
+
+def _falling(path: str, dimension: Dimension) -> list[Any]:
+    """The choices from the one that leaves most; empty where that cannot be told."""
+    if dimension.kind != "choice" or dimension.when:
+        return []
+    numbers = [value for value in dimension.values if isinstance(value, int | float) and not isinstance(value, bool)]
+    others = [value for value in dimension.values if value is None]
+    if len(numbers) + len(others) < len(dimension.values):
+        return []
+    return [*others, *sorted(numbers, reverse=not path.endswith("sparsity"))]

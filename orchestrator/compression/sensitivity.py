@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.compression.matrices import is_matrix
-from orchestrator.compression.parts import attentions, feed_forwards, longest_row
+from orchestrator.compression.parts import attentions, feed_forwards, longest_row, token_tables, tokens_of
 from orchestrator.models.backbones import Network
 from orchestrator.models.reshaped import ReshapedNetwork, drop_layers, library_logits
 
@@ -46,6 +46,8 @@ class Sensitivity:
     """Convolution or batch norm -> of each of its channels."""
     inputs: Scores = field(default_factory=dict)
     """Matrix -> mean square of each of its inputs, over rows and tokens."""
+    tokens: list[int] = field(default_factory=list)
+    """How often each token comes; empty where the network reads none."""
 
     def to_json(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -95,7 +97,20 @@ def measure_sensitivity(network: Network, batches: Iterable[Batch]) -> Sensitivi
         kind: {place: (values / rows).tolist() for place, values in taylor[kind].items()} for kind in _KINDS
     }
     rises = [rise / rows for rise in _rises(subject, every, loss)]
-    return Sensitivity(rows=rows, loss=loss / rows, layers=rises, inputs=norms, **scores)
+    tokens = count_tokens(subject, (inputs["input_ids"] for inputs, _ in every if "input_ids" in inputs))
+    return Sensitivity(rows=rows, loss=loss / rows, layers=rises, inputs=norms, tokens=tokens, **scores)
+
+
+def count_tokens(network: Network, ids: Iterable[torch.Tensor]) -> list[int]:
+    """How often each token of the network's table comes in these; empty where it has no such table."""
+    names = token_tables(network)
+    if not names:
+        return []
+    counts = torch.zeros(tokens_of(network.get_submodule(names[0])), dtype=torch.int64)
+    for part in ids:
+        counts += torch.bincount(part.flatten().cpu(), minlength=len(counts))
+    found: list[int] = counts.tolist()
+    return found
 
 
 _KINDS = ("heads", "units", "filters")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orchestrator.compression import filters, heads, layers, low_rank, sparsity, units
+from orchestrator.compression import filters, heads, layers, low_rank, sparsity, units, vocabulary
 from orchestrator.compression.reshaping import TOLERANCE, Reshaping, Sample, answers, first_line
 from orchestrator.compression.sensitivity import Sensitivity
 from orchestrator.errors import CompressionFailed, OrchestratorError
@@ -36,6 +36,8 @@ class Structure:
     """Of all feed-forward units; at least a sixteenth stays in each layer, in multiples of 8."""
     filters: float = 1.0
     """Of a convolutional network's filters; in multiples of 8."""
+    vocabulary: float = 1.0
+    """Of the rows of the table of tokens; tokens without one of their own read that of another."""
     rank: float = 1.0
     """Linear layers as two, with this share of the rank at which both cost the same as one."""
     sparsity: float = 0.0
@@ -55,6 +57,7 @@ METHODS: Mapping[str, Method] = {
     "heads": Method(heads.apply, heads.made_up),
     "units": Method(units.apply, units.made_up),
     "filters": Method(filters.apply, filters.made_up),
+    "vocabulary": Method(vocabulary.apply, vocabulary.made_up),
     "rank": Method(low_rank.apply, low_rank.made_up),
     "sparsity": Method(sparsity.apply, sparsity.made_up, untouched=0.0),
 }

@@ -7,7 +7,7 @@ study are compared with the same figures.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import torch
 
 from orchestrator.compression.cost import Costs, measure_beside
 from orchestrator.compression.rows import Rows
-from orchestrator.compression.sensitivity import measure_sensitivity
+from orchestrator.compression.sensitivity import count_tokens, measure_sensitivity
 from orchestrator.compression.structure import methods_of
+from orchestrator.data.text import TextEncoder
 from orchestrator.models.checkpoint import load_model
 from orchestrator.storage import MEMBERS, Storage
+from orchestrator.training.distillation import ANSWERS
 
-_TIMED_INPUTS, _ROUNDS = 64, 5
+_TIMED_INPUTS, _ROUNDS = 64, 3
 _PARENT = "parent"
 
 
@@ -41,12 +43,14 @@ class SurveyJob:
     cpus: int
     """Threads of everything else."""
     seed: int
+    device: str = "cpu"
+    """Where the training rows are looked at; what is timed is on the CPU."""
 
 
 @dataclass(frozen=True)
 class Survey:
     methods: dict[str, str]
-    """Field of the structure -> nothing, or why it cannot be had of this architecture."""
+    """Field of the structure, or ``max_tokens`` -> nothing, or why it cannot be had of this architecture."""
     sensitivity: dict[str, Any]
     """``Sensitivity`` as JSON."""
     costs: Costs
@@ -74,10 +78,23 @@ def survey(job: SurveyJob) -> Survey:
     costs = measure_beside(
         {_PARENT: folder}, rows.raw(whole.encoder, _TIMED_INPUTS), job.serving_batch, job.threads, _ROUNDS, probe=False
     )
+    sensitivity = replace(measure_sensitivity(base.network, batches), tokens=count_tokens(base.network, rows.tokens()))
+    reads_texts = isinstance(base.encoder, TextEncoder)
+    methods = methods_of(base.network, batches[0][0]) | {"max_tokens": "" if reads_texts else "it reads no texts"}
     return Survey(
-        methods_of(base.network, batches[0][0]), measure_sensitivity(base.network, batches).to_json(), costs[_PARENT],
+        methods, sensitivity.to_json(), costs[_PARENT],
         rows.answers(whole, everything, job.predict_batch),
     )  # fmt: skip
+
+
+def ask_teacher(job: SurveyJob, location: str) -> None:
+    """Publish the uncompressed model's logits of the training rows: asked once, for all candidates and epochs."""
+    torch.set_num_threads(max(1, job.cpus))
+    storage = Storage(job.storage)
+    rows = Rows(storage.fetch(job.dataset, verify=False), job.seed)
+    logits = rows.training_logits(load_model(storage.fetch(job.model), device=job.device), job.predict_batch)
+    with storage.publish(location) as folder:
+        np.save(folder / ANSWERS, logits)
 
 
 def folder_of_base(folder: Path) -> Path:

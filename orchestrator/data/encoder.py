@@ -59,5 +59,7 @@ class Encoder(Protocol):
         """Write what ``load_encoder`` needs: tokenizer files (text), and preprocess.json in any case."""
 
 
+ENCODER = "encoder"
+"""Folder of a prepared dataset's own, in the dataset's."""
 PREPROCESS = "preprocess.json"
 """``{"kind": "text", "max_tokens": 128, ...}`` or ``{"kind": "image", "image_size": 64, "mean": [...], "std": [...]}``."""

@@ -19,7 +19,7 @@ import pyarrow as pa
 from orchestrator.data.cleaning import REASONS, SPLITS, Verdict, count
 from orchestrator.data.dataset import SLICE, column_at, row_columns, write_split
 from orchestrator.data.decide import Decision, Facts, decide
-from orchestrator.data.encoder import Encoder
+from orchestrator.data.encoder import ENCODER, Encoder
 from orchestrator.data.intake import Intake, Rows
 from orchestrator.data.schema import Schema, infer_schema
 from orchestrator.data.sources import Source
@@ -79,7 +79,7 @@ def prepare(
             decision = decide(recipe, facts)
             _set_aside(folder, facts, decision, quarantine)
         _write_splits(folder, facts, decision)
-        encoder_folder = folder / "encoder"
+        encoder_folder = folder / ENCODER
         encoder_folder.mkdir()
         encoder.save(encoder_folder)
         (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")

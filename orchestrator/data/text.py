@@ -61,6 +61,10 @@ class TextEncoder:
         backend.no_padding()
         return backend
 
+    def shortened(self, max_tokens: int) -> TextEncoder:
+        """The same, of texts cut to this many tokens; it reads rows that were encoded before in the same way."""
+        return TextEncoder(self.folder, min(max_tokens, self.max_tokens))
+
     def columns(self) -> list[pa.Field]:
         return [pa.field("input_ids", pa.list_(pa.int32()))]
 
@@ -75,17 +79,33 @@ class TextEncoder:
         return Encoded({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))}, truncated=truncated)
 
     def lengths(self, table: pa.Table) -> np.ndarray:
-        return np.asarray(pc.list_value_length(table["input_ids"]).to_numpy(), np.int64)
+        return np.minimum(_lengths(table["input_ids"]), self.max_tokens)
 
     def collate(self, table: pa.Table) -> dict[str, torch.Tensor]:
         """int64 [rows, longest] ``input_ids`` and ``attention_mask``."""
         column = table["input_ids"].combine_chunks()
-        lengths = np.asarray(pc.list_value_length(column).to_numpy(), np.int64)
+        whole, tokens = _lengths(column), column.flatten().to_numpy()
+        lengths = np.minimum(whole, self.max_tokens)
         width = min(self.max_tokens, -(-int(lengths.max()) // _PAD_MULTIPLE) * _PAD_MULTIPLE)
         mask = np.arange(width) < lengths[:, None]
+        if (whole > lengths).any():
+            tokens = tokens[self._places(whole, lengths, width)[mask]]
         ids = np.full(mask.shape, self.tokenizer.pad_token_id or 0, np.int64)
-        ids[mask] = column.flatten().to_numpy()
+        ids[mask] = tokens
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+    def _places(self, whole: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+        """Where the tokens of rows that are cut stand in all rows' tokens, [rows, width]: as the tokenizer cuts, the text's
+        last ones go, and the special ones at the end stay."""
+        columns, starts = np.arange(width), whole.cumsum() - whole
+        ends = columns >= (lengths - self._closing)[:, None]
+        return np.asarray(starts[:, None] + columns + np.where(ends, (whole - lengths)[:, None], 0))
+
+    @cached_property
+    def _closing(self) -> int:
+        """Special tokens after the text."""
+        special = self._backend.encode("a").special_tokens_mask
+        return sum(1 for _ in itertools.takewhile(bool, reversed(special)))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_tokens": self.max_tokens, "tokenizer_sha256": self._rules_sha256}
@@ -101,3 +121,8 @@ class TextEncoder:
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         (folder / PREPROCESS).write_text(json.dumps(self.describe(), indent=2), encoding="utf-8")
+
+
+def _lengths(column: Any) -> np.ndarray:
+    """int64 [rows]"""
+    return np.asarray(pc.list_value_length(column).to_numpy(), np.int64)

@@ -45,6 +45,8 @@ class Blueprint:
     """Row of layers -> positions, in the architecture's own row, of those that are left."""
     factored: list[str] = field(default_factory=list)
     """Linear layers that are ``LowRank`` now."""
+    shared: list[str] = field(default_factory=list)
+    """Embeddings that are ``SharedEmbedding`` now."""
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Module -> numbers it computes with that are no longer those its code would set."""
     sparse: list[str] = field(default_factory=list)
@@ -61,6 +63,20 @@ class LowRank(nn.Sequential):
 
     def __init__(self, inputs: int, rank: int, outputs: int, *, bias: bool) -> None:
         super().__init__(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
+
+
+class SharedEmbedding(nn.Embedding):
+    """An embedding of fewer rows than there are tokens: some tokens read the row of another."""
+
+    row_of: torch.Tensor
+    """int32 [tokens]"""
+
+    def __init__(self, tokens: int, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.register_buffer("row_of", torch.zeros(tokens, dtype=torch.int32))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(self.row_of[input], self.weight)
 
 
 class ReshapedNetwork(Network):
@@ -240,6 +256,8 @@ def _built(blueprint: Blueprint, shapes: Mapping[str, torch.Size]) -> Network:
     for name in blueprint.factored:
         (rank, inputs), (outputs, _) = shapes[f"{name}.0.weight"], shapes[f"{name}.1.weight"]
         put(network, name, LowRank(inputs, rank, outputs, bias=f"{name}.1.bias" in shapes))
+    for name in blueprint.shared:
+        put(network, name, SharedEmbedding(*shapes[f"{name}.row_of"], *shapes[f"{name}.weight"]))
     for name, tensor in network.state_dict(keep_vars=True).items():
         if tensor.shape != shapes[name]:
             _resize(network, name, tensor, shapes[name])
@@ -283,13 +301,15 @@ def _described(inner: Network, base: dict[str, Any], layers: dict[str, list[int]
     for path, kept in layers.items():
         drop_layers(plain, path, kept)
     others = dict(plain.named_modules())
-    factored, attributes = [], {}
-    for name, module in inner.named_modules():
+    factored, shared, attributes = [], [], {}
+    for name, module in inner.named_modules(remove_duplicate=False):
         if isinstance(module, LowRank):
             factored.append(name)
+        elif isinstance(module, SharedEmbedding):
+            shared.append(name)
         elif name in others and (changed := _changed(module, others[name])):
             attributes[name] = changed
-    return Blueprint(base, layers, factored, attributes, sparse)
+    return Blueprint(base, layers, factored, shared, attributes, sparse)
 
 
 def _changed(module: nn.Module, other: nn.Module) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from orchestrator.models.backbones import Network
 from orchestrator.models.checkpoint import SavedModel, load_model
 from orchestrator.recipe import Distillation
 from orchestrator.storage import Storage
-from orchestrator.training.loop import RowLosses
+from orchestrator.training.loop import MicroBatch, RowLosses
 
+ANSWERS = "answers.npy"
+"""What a teacher says of all training rows, in their order: logits, float32 [rows, classes]."""
 _TINY = 1e-12
 _NO_STATES = (
     "training.distillation.hidden has no effect: teacher and student have no hidden states of the same kind to compare"
@@ -53,13 +55,23 @@ def saved_model(
             f"the labels of {location} are {', '.join(model.labels)}, but the dataset's {', '.join(labels)}",
             "give a model that was trained on this dataset",
         )
-    theirs, ours = model.encoder.describe(), encoder.describe()
-    if different := [name for name in ours if theirs.get(name) != ours[name]]:
+    require_same_inputs(location, model.encoder, encoder)
+    return model
+
+
+def require_same_inputs(location: str, model: Encoder, dataset: Encoder) -> None:
+    """Raises DataError when the model at ``location`` cannot read the dataset's rows as its encoder would make them."""
+    theirs, ours = model.describe(), dataset.describe()
+    if different := [name for name in ours if theirs.get(name) != ours[name] and not _reads_less(name, theirs, ours)]:
         told = ", ".join(f"{name} {theirs.get(name)} instead of {ours[name]}" for name in different)
         raise DataError(
             f"{location} reads other inputs than this dataset holds: {told}", "prepare the data for its model"
         )
-    return model
+
+
+def _reads_less(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """A text encoder cuts rows that are longer than its own."""
+    return name == "max_tokens" and theirs.get(name, math.inf) < ours[name]
 
 
 class Watching(nn.Module):
@@ -74,26 +86,28 @@ class Watching(nn.Module):
 
 
 class Teacher:
-    def __init__(self, network: Network, settings: Distillation, tell: Callable[[str], None] = lambda _: None) -> None:
-        """``network``: on its device; it stays as it is. ``tell`` is called once, should there be no hidden states."""
-        self.network, self.settings, self._tell = network.eval().requires_grad_(False), settings, tell
+    def __init__(
+        self, network: Network | None, settings: Distillation, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """``network``: on its device; it stays as it is. None: all rows come with its answers, and nobody asks for hidden
+        states. ``tell`` is called once, should there be no hidden states."""
+        self.network = network.eval().requires_grad_(False) if network else None
+        self.settings, self._tell = settings, tell
 
     def watching(self, student: Network) -> nn.Module:
         """What has to be called instead of the student."""
         return Watching(student) if self.settings.hidden else student
 
-    def teach(
-        self, student: nn.Module, inputs: dict[str, torch.Tensor], row_losses: RowLosses
-    ) -> tuple[torch.Tensor, RowLosses]:
+    def teach(self, student: nn.Module, batch: MicroBatch, row_losses: RowLosses) -> tuple[torch.Tensor, RowLosses]:
         """The student's logits, fp32 [batch, classes], and the losses of the rows from now on.
 
         ``student``: what ``watching`` gave, or a parallel of it. A row's loss is (1 - weight) of that by its label, weight
         T^2 KL(teacher || student) at temperature T, whose square keeps the size of the gradients, and ``hidden`` times its
         ``hidden_losses``.
         """
-        settings = self.settings
+        settings, inputs = self.settings, batch.inputs
         with torch.no_grad():  # and no inference mode: autograd has to keep what the student is compared with
-            answers, shown = self._ask(inputs)
+            answers, shown = self._ask(batch)
         logits, states = student(**inputs) if settings.hidden else (student(**inputs), [])
         logits = logits.float()
         taught = settings.weight * answer_losses(logits, answers.float(), settings.temperature)
@@ -105,8 +119,11 @@ class Teacher:
 
         return logits, losses
 
-    def _ask(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return self.network.watched(**inputs) if self.settings.hidden else (self.network(**inputs), [])
+    def _ask(self, batch: MicroBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if batch.answers is not None and not self.settings.hidden:
+            return batch.answers, []
+        assert self.network, "nobody knows the teacher's answers to these rows"
+        return self.network.watched(**batch.inputs) if self.settings.hidden else (self.network(**batch.inputs), [])
 
     def _hidden(
         self, states: list[torch.Tensor], shown: list[torch.Tensor], real: torch.Tensor | None, like: torch.Tensor

@@ -15,6 +15,7 @@ import torch
 
 from orchestrator.data.augment import augment
 from orchestrator.data.batches import evaluation_batches, mixed_seed, plan_epoch, share
+from orchestrator.data.encoder import ENCODER, Encoder
 from orchestrator.data.encoders import load_encoder
 from orchestrator.data.images import ImageEncoder
 from orchestrator.recipe import Recipe
@@ -35,10 +36,14 @@ class Feed:
         fold: Fold | None,
         compute: Compute,
         beat: Callable[[], None] = lambda: None,
+        *,
+        encoder: Encoder | None = None,
+        answers: np.ndarray | None = None,
     ) -> None:
-        """``folder``: of the prepared dataset; ``beat`` is called before each part."""
-        self.recipe, self.compute, self.beat = recipe, compute, beat
-        self.encoder = load_encoder(folder / "encoder")
+        """``folder``: of the prepared dataset; ``beat`` is called before each part. ``encoder``: what reads its rows, if not
+        the dataset's own. ``answers``: a teacher's logits of the training rows, float32 [rows, classes]."""
+        self.recipe, self.compute, self.beat, self.answers = recipe, compute, beat, answers
+        self.encoder = encoder or load_encoder(folder / ENCODER)
         self.train, self.validation = training_splits(folder, fold)
         self._lengths, self._validation_lengths = (s.lengths(self.encoder) for s in (self.train, self.validation))
         self._class_weights = class_weights(recipe.training.class_weights, self.train.labels, labels)
@@ -78,6 +83,7 @@ class Feed:
             self._training_inputs(rows, epoch),
             torch.from_numpy(labels.astype(np.int64)).to(self.compute.device),
             torch.from_numpy(weights).to(self.compute.device),
+            answers=None if self.answers is None else torch.from_numpy(self.answers[rows]).to(self.compute.device),
         )
 
     def _training_inputs(self, rows: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:

@@ -22,8 +22,6 @@ from orchestrator.training.precision import Precision, autocast
 
 RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits [batch, classes], labels [batch] -> losses [batch]."""
-Teach = Callable[[nn.Module, dict[str, torch.Tensor], RowLosses], tuple[torch.Tensor, RowLosses]]
-"""Network, inputs, the losses of the labels -> its logits, and losses in which a teacher has its share."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,12 @@ class MicroBatch:
     """float32 [batch]: each row's share of the loss; 0 for a row that only keeps an idle worker in step."""
     partners: tuple[torch.Tensor, torch.Tensor] | None = None
     """Labels and weights of the rows that these are blended with."""
+    answers: torch.Tensor | None = None
+    """float32 [batch, classes]: a teacher's logits, where they are known."""
+
+
+Teach = Callable[[nn.Module, MicroBatch, RowLosses], tuple[torch.Tensor, RowLosses]]
+"""Network, rows, the losses of the labels -> its logits, and losses in which a teacher has its share."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def _weighted_loss(
     network: nn.Module, batch: MicroBatch, row_losses: RowLosses, teach: Teach | None = None
 ) -> torch.Tensor:
     if teach:
-        logits, row_losses = teach(network, batch.inputs, row_losses)
+        logits, row_losses = teach(network, batch, row_losses)
     else:
         logits = network(**batch.inputs).float()
     loss = (row_losses(logits, batch.labels) * batch.weights).sum()

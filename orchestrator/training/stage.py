@@ -91,6 +91,7 @@ class TrainStage:
     is_trial: bool = False
     start: str | None = None
     teacher: str | None = None
+    answers: str | None = None
     """See ``TrainJob``. The stage's key has to tell what is started from and learned from."""
 
     @property
@@ -142,7 +143,8 @@ class TrainStage:
         state_bytes = _state_bytes(self.recipe.training) * count_parameters(self._network(dataset.labels))
         return {
             name: TrainJob(self.recipe.model_copy(update={"seed": run.seed}), run.location, dataset.location,
-                           dataset.labels, state_bytes, run.fold, self.is_trial, self.start, self.teacher)
+                           dataset.labels, state_bytes, run.fold, self.is_trial, self.start, self.teacher,
+                           self.answers)
             for name, run in runs.items()
         }  # fmt: skip
 

@@ -18,6 +18,8 @@ import torch
 from torch import distributed
 
 from orchestrator.data.batches import mixed_seed
+from orchestrator.data.encoder import ENCODER, Encoder
+from orchestrator.data.encoders import load_encoder
 from orchestrator.errors import IntegrityError, TrainingFailed
 from orchestrator.evaluation.metrics import summary
 from orchestrator.models.backbones import Network
@@ -29,7 +31,7 @@ from orchestrator.tasks import TASKS
 from orchestrator.training import lora
 from orchestrator.training.adversarial import FastGradient
 from orchestrator.training.averaging import Average
-from orchestrator.training.distillation import Teacher, require_teacher, saved_model
+from orchestrator.training.distillation import ANSWERS, Teacher, require_same_inputs, require_teacher, saved_model
 from orchestrator.training.failure import Diverged
 from orchestrator.training.fake_int8 import rounding
 from orchestrator.training.feed import Feed
@@ -81,6 +83,9 @@ class TrainJob:
     """Location of a saved model whose network, head included, training begins with. None: the recipe's backbone."""
     teacher: str | None = None
     """Location of a saved model whose answers are learned, if ``training.distillation`` says so."""
+    answers: str | None = None
+    """Location of what it says of all training rows (``distillation.ANSWERS``), where that does not depend on chance. None: it
+    is asked anew each time."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,9 @@ class _Worker:
         self.reported_at, self.saved_at = 0.0, time.monotonic()
         self.unsaved: Network | None = None
         """The best epoch's network, while it is in no checkpoint."""
-        folder = self.storage.fetch(job.dataset, verify=self.leads)
-        self.feed = Feed(folder, recipe, job.labels, job.fold, self.compute, beat)
+        self.dataset = self.storage.fetch(job.dataset, verify=self.leads)
+        self.feed = Feed(self.dataset, recipe, job.labels, job.fold, self.compute, beat,
+                         encoder=self._own_encoder(), answers=self._known_answers())  # fmt: skip
         self.rows = len(self.feed.train.labels)
         self.teacher = self._teacher()
         self._build(recipe)
@@ -177,17 +183,30 @@ class _Worker:
             return self.task.network(self.job.recipe.model, self.job.labels)
         return self._saved(self.job.start)
 
+    def _own_encoder(self) -> Encoder | None:
+        """Of the model that training begins with: it may cut texts that the dataset has whole."""
+        if self.job.start is None:
+            return None
+        own = load_encoder(self.storage.fetch(self.job.start, verify=False))
+        require_same_inputs(self.job.start, own, load_encoder(self.dataset / ENCODER))
+        return own
+
     def _teacher(self) -> Teacher | None:
         """Raises RecipeError: there is none to learn from."""
         require_teacher(self.settings.distillation, self.job.teacher)
         if self.settings.distillation is None or self.job.teacher is None:
             return None
-        network = self._saved(self.job.teacher).to(self.compute.device)
+        known = self.job.answers and not self.settings.distillation.hidden
+        network = None if known else self._saved(self.job.teacher).to(self.compute.device)
         return Teacher(network, self.settings.distillation, self._tell)
+
+    def _known_answers(self) -> np.ndarray | None:
+        return np.load(self.storage.fetch(self.job.answers) / ANSWERS) if self.job.answers else None
 
     def _saved(self, location: str) -> Network:
         """Of this dataset. Every worker loads it, and the first one verifies it."""
-        return saved_model(self.storage, location, self.feed.encoder, self.job.labels, verify=self.leads).network
+        encoder = load_encoder(self.dataset / ENCODER)
+        return saved_model(self.storage, location, encoder, self.job.labels, verify=self.leads).network
 
     def _tell(self, message: str) -> None:
         if self.leads:

@@ -1,26 +1,62 @@
 """What is searched where a recipe leaves the space out."""
 
-from orchestrator.compression.presets import usual_space
+from orchestrator.compression.presets import FORM, first_points, usual_space
 from orchestrator.recipe_compression import Compression
+from orchestrator.recipe_tuning import Dimension
 
 METHODS = {"layers": "", "heads": "", "units": "", "filters": "it has no convolutions", "rank": "", "sparsity": ""}
 FORMS = dict.fromkeys(Compression.model_fields["form"].annotation.__args__, "")
 
 
 def test_only_what_applies_is_searched():
-    space = usual_space(METHODS, FORMS, Compression())
+    space = usual_space(METHODS, FORMS, Compression(), 128)
     assert set(space) == {f"compression.{name}" for name in ("layers", "heads", "units", "form")}
 
 
 def test_a_form_that_is_not_to_be_had_is_left_out():
     without = {name: "not installed" if name.startswith("openvino") else "" for name in FORMS}
-    forms = usual_space(METHODS, without, Compression())["compression.form"].values
+    forms = usual_space(METHODS, without, Compression(), 128)["compression.form"].values
     assert forms
     assert not any(form.startswith("openvino") for form in forms)
 
 
 def test_the_recipes_own_values_are_among_what_is_tried():
     own = Compression(layers=0.75, form="torch-fp32")
-    space = usual_space(METHODS, FORMS, own)
+    space = usual_space(METHODS, FORMS, own, 128)
     assert 0.75 in space["compression.layers"].values
     assert "torch-fp32" in space["compression.form"].values
+
+
+def test_texts_are_cut_only_where_there_are_texts_and_enough_of_them():
+    asked = "compression.max_tokens"
+    assert asked not in usual_space(METHODS, FORMS, Compression(), 128)  # nobody says that it applies
+    assert usual_space(METHODS | {"max_tokens": ""}, FORMS, Compression(), 128)[asked].values == (64, None)
+    assert asked not in usual_space(METHODS | {"max_tokens": ""}, FORMS, Compression(), 24)
+
+
+def test_the_first_points_are_the_forms_and_then_a_ladder_down():
+    space = {
+        "compression.layers": Dimension.model_validate([0.5, 1.0, 0.25]),
+        "compression.max_tokens": Dimension.model_validate([64, None]),
+        "compression.sparsity": Dimension.model_validate([0.9, 0.0]),
+        "compression.recovery.epochs": Dimension.model_validate([1, 5]),
+        FORM: Dimension.model_validate(["torch-fp32", "onnxruntime-int8", "openvino-int8"]),
+    }
+    own = {"compression.layers": 1.0, "compression.max_tokens": None, "compression.sparsity": 0.0,
+           "compression.recovery.epochs": 5, FORM: "torch-fp32"}  # fmt: skip
+    points = first_points(space, own)
+    assert points[:3] == [own | {FORM: form} for form in space[FORM].values]
+    ladder = points[3:6]
+    assert {point[FORM] for point in ladder} == {"onnxruntime-int8"}
+    assert {point["compression.recovery.epochs"] for point in ladder} == {5}
+    assert [point["compression.layers"] for point in ladder][-1] == 0.25
+    assert ladder[-1]["compression.max_tokens"] == 64 and ladder[-1]["compression.sparsity"] == 0.9
+    assert [point | {FORM: ""} for point in points[6:]] == [point | {FORM: ""} for point in ladder]
+
+
+def test_ranges_have_no_ladder():
+    space = {"compression.layers": Dimension.model_validate({"uniform": [0.5, 1.0]}),
+             FORM: Dimension.model_validate(["torch-fp32"])}  # fmt: skip
+    own = {"compression.layers": 1.0, FORM: "torch-fp32"}
+    assert first_points(space, own) == [own]
+    assert first_points(space, None) == []

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_networks import CLASSES, image_network, labelled, pixels, text_network, tokens
 from torch import nn
+from torch.nn import functional
 
 from orchestrator.compression import heads, units
 from orchestrator.compression.matrices import input_size, zero_inputs
-from orchestrator.compression.parts import attentions, feed_forwards, longest_row
+from orchestrator.compression.parts import attentions, feed_forwards, longest_row, token_tables
 from orchestrator.compression.reshaping import Reshaping, answers
 from orchestrator.compression.sensitivity import Sensitivity, measure_sensitivity
 from orchestrator.compression.structure import METHODS, Structure, methods_of, reshape
 from orchestrator.errors import CompressionFailed, RecipeError
 from orchestrator.models import post_norm
-from orchestrator.models.backbones import EnsembleNetwork, Network
+from orchestrator.models.backbones import EnsembleNetwork, Network, load_network
 from orchestrator.models.checkpoint import count_parameters
-from orchestrator.models.reshaped import LowRank, ReshapedNetwork
+from orchestrator.models.reshaped import LowRank, ReshapedNetwork, SharedEmbedding
 
 TEXT = tokens(9, 4, 7, 2)
 PIXELS = pixels()
@@ -46,7 +49,7 @@ def difference(one: Network, other: Network, inputs: dict[str, torch.Tensor]) ->
 
 # ------------------------------------------------------------------------------------------------------ what applies
 
-EVERYTHING = {"layers", "heads", "units", "rank", "sparsity"}
+EVERYTHING = {"layers", "heads", "units", "vocabulary", "rank", "sparsity"}
 
 
 @pytest.mark.parametrize(
@@ -308,3 +311,48 @@ def test_after_a_removal_the_sensitivity_is_that_of_what_is_left() -> None:
 def test_every_field_of_the_structure_has_its_method() -> None:
     assert list(METHODS) == list(Structure.__dataclass_fields__)
     assert all(getattr(Structure(), field) == method.untouched for field, method in METHODS.items())
+
+
+# -------------------------------------------------------------------------------------------------------- the vocabulary
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "Albert", "Roberta"])
+def test_rare_tokens_read_the_row_that_is_most_like_theirs(family: str) -> None:
+    network = text_network(family)
+    sensitivity = replace(sensitivity_of(network, TEXT), tokens=list(range(60)))  # the higher, the more frequent
+    smaller = reshape(network, Structure(vocabulary=0.4), sensitivity, TEXT)
+    assert isinstance(smaller, ReshapedNetwork)
+    names = token_tables(network)
+    table, shared = (n.get_submodule(names[0]) for n in (network, smaller.inner))
+    assert isinstance(table, nn.Embedding) and isinstance(shared, SharedEmbedding)
+    assert shared.weight.shape == (24, table.weight.shape[1])
+    assert count_parameters(network) - count_parameters(smaller) == 36 * table.weight.shape[1]
+    frequent = range(36, 60) if table.padding_idx is None else [table.padding_idx, *range(37, 60)]
+    twin, kept = copy.deepcopy(network), list(frequent)
+    likeness = functional.cosine_similarity(table.weight[:, None], table.weight[kept][None], dim=-1)
+    stand_ins = torch.tensor(kept)[likeness.argmax(1)]
+    twin.get_submodule(names[0]).weight.data.copy_(table.weight[stand_ins])  # type: ignore[union-attr]
+    assert difference(smaller, twin, TEXT) < 1e-5 < 1e-3 < difference(smaller, network, TEXT)
+
+
+def test_a_vocabulary_can_be_made_smaller_twice_and_saved(tmp_path: Path) -> None:
+    network = text_network("Bert")
+    sensitivity = replace(sensitivity_of(network, TEXT), tokens=list(range(60)))
+    once = reshape(network, Structure(vocabulary=0.5), sensitivity, TEXT)
+    twice = reshape(once, Structure(vocabulary=0.5), sensitivity, TEXT)
+    at_once = reshape(network, Structure(vocabulary=0.25), sensitivity, TEXT)
+    assert count_parameters(twice) == count_parameters(at_once) < count_parameters(once)
+    twice.save(tmp_path)
+    again = load_network(tmp_path).eval()
+    assert difference(again, twice, TEXT) == 0.0
+
+
+def test_all_rows_of_a_smaller_vocabulary_learn() -> None:
+    network = text_network("Bert")
+    sensitivity = replace(sensitivity_of(network, TEXT), tokens=[0] * 60)
+    smaller = reshape(network, Structure(vocabulary=0.2), sensitivity, TEXT)
+    smaller(**TEXT).sum().backward()
+    shared = next(module for module in smaller.modules() if isinstance(module, SharedEmbedding))
+    read = shared.row_of[TEXT["input_ids"]].unique().long()
+    assert shared.weight.grad is not None
+    assert shared.weight.grad[read].abs().sum(1).min() > 0

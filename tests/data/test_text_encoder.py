@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from orchestrator.data.encoders import load_encoder
 from orchestrator.data.text import TextEncoder
@@ -34,6 +35,37 @@ def test_collate_takes_any_rows_of_a_table(tiny_backbone: Path) -> None:
     table = pa.table(encoder.encode(TEXTS).columns)
     whole, part = encoder.collate(table), encoder.collate(table.slice(1, 2))
     assert part["input_ids"].tolist() == whole["input_ids"][1:3, : part["input_ids"].shape[1]].tolist()
+
+
+def unframed(folder: Path) -> Path:
+    """A tokenizer that adds no special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {
+        word: number for number, word in enumerate(["[PAD]", "[UNK]", "a", "very", "bad", "the", "coffee", "great"])
+    }
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("framed", [True, False], ids=["special tokens at both ends", "none"])
+def test_rows_that_were_encoded_whole_are_cut_as_the_tokenizer_cuts(
+    tiny_backbone: Path, tmp_path: Path, *, framed: bool
+) -> None:
+    texts = [*TEXTS, "the coffee was very very bad", "great " * 7]
+    whole = TextEncoder(tiny_backbone if framed else unframed(tmp_path), 32)
+    for limit in (5, 8, 31, 40):
+        short = whole.shortened(limit)
+        rows, cut = (pa.table(encoder.encode(texts).columns) for encoder in (whole, short))
+        for table in (rows, rows.slice(2), rows.slice(3, 1)):
+            same = cut.slice(0 if len(table) == len(rows) else len(rows) - 4 if len(table) == 4 else 3, len(table))
+            assert short.lengths(table).tolist() == short.lengths(same).tolist()
+            ours, theirs = short.collate(table), short.collate(same)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert short.describe()["max_tokens"] == min(limit, 32)
 
 
 def test_a_saved_encoder_gives_the_same_ids_and_description(tiny_backbone: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from orchestrator.training.optim import layer_depths
 
 TEXT, PIXELS = tokens(9, 4, 7, 2), pixels()
 SMALLER = Structure(layers=0.67, heads=0.5, units=0.5)
-EVERYTHING = Structure(layers=0.67, heads=0.5, units=0.7, rank=0.7, sparsity=0.2)
+EVERYTHING = Structure(layers=0.67, heads=0.5, units=0.7, vocabulary=0.5, rank=0.7, sparsity=0.2)
 
 
 def smaller_text(family: str = "Bert", structure: Structure = SMALLER) -> ReshapedNetwork:

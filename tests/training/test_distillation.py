@@ -9,19 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from knobs import ALONE, changed, image_job, text_job, trained, trained_by_two, weights
+from knobs import ALONE, changed, image_job, text_job, trained, trained_by_two, weights, weights_file
 from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
+from orchestrator.compression.survey import SurveyJob, ask_teacher
+from orchestrator.data.text import TextEncoder
 from orchestrator.errors import DataError, RecipeError
 from orchestrator.models import post_norm
 from orchestrator.models.backbones import EnsembleNetwork, Network, TorchvisionNetwork, TransformersNetwork
+from orchestrator.models.checkpoint import load_model, save_model
 from orchestrator.progress import ignore
 from orchestrator.recipe import Distillation, Model, Training
 from orchestrator.records import DatasetRecord, ModelRecord
-from orchestrator.storage import METRICS, RECORD, Storage
-from orchestrator.training.distillation import Teacher, answer_losses, hidden_losses, layer_pairs
+from orchestrator.storage import METRICS, RECORD, Storage, sha256_file
+from orchestrator.training.distillation import ANSWERS, Teacher, answer_losses, hidden_losses, layer_pairs
 from orchestrator.training.here import Here
 from orchestrator.training.loop import Compute, MicroBatch, train_step
 from orchestrator.training.metrics_log import read_metrics
@@ -282,6 +285,48 @@ def test_a_run_begins_with_the_started_networks_weights(text: TrainJob) -> None:
     for name, tensor in first.items():
         torch.testing.assert_close(begun[name], tensor, rtol=0, atol=1e-9)
     assert not torch.allclose(as_new["classifier.weight"], first["classifier.weight"], atol=1e-3)
+
+
+def test_answers_that_are_known_teach_as_the_teacher_does(text: TrainJob) -> None:
+    storage = Storage(text.recipe.storage)
+    job = SurveyJob(
+        storage.url, "train/r/model", text.dataset, calibration_rows=8, predict_batch=7, serving_batch=1, threads=1,
+        cpus=1, seed=text.recipe.seed,
+    )  # fmt: skip
+    ask_teacher(job, "train/answers")
+    training = {"distillation": {"temperature": 3.0}, "epochs": 1}
+    asked, known = (changed(text, f"{name}-answers", training) for name in ("asked", "known"))
+    known = replace(known, answers="train/answers")
+    trained(asked)
+    trained(known)
+    ours, theirs = weights(asked), weights(known)
+    difference = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours]).abs()
+    assert difference.max() < 5e-3 and difference.mean() < 2e-6  # other sums, another order
+    inverted = -np.load(storage.fetch("train/answers") / ANSWERS)
+    with storage.publish("train/inverted") as folder:
+        np.save(folder / ANSWERS, inverted)
+    misled = replace(changed(text, "misled", training), answers="train/inverted")
+    trained(misled)
+    difference = torch.cat([(ours[n] - tensor).flatten() for n, tensor in weights(misled).items()]).abs()
+    assert difference.mean() > 1e-4, "it learns from them"
+
+
+def test_a_started_network_that_cuts_texts_goes_on_cutting_them(text: TrainJob) -> None:
+    storage = Storage(text.recipe.storage)
+    model = load_model(storage.fetch("train/r/model"))
+    assert isinstance(model.encoder, TextEncoder)
+    with storage.publish("train/short") as folder:
+        save_model(folder, model.network, model.encoder.shortened(6), model.labels, model.task)
+    job = replace(changed(text, "from-short", {"epochs": 1}), start="train/short")
+    trained(job)
+    encoder = load_model(storage.fetch("train/from-short/model")).encoder
+    assert encoder.describe()["max_tokens"] == 6
+    whole = replace(changed(text, "from-long", {"epochs": 1}), start="train/r/model")
+    assert trained(whole)[0] != sha256_file(weights_file(job))
+    with pytest.raises(DataError, match=r"reads other inputs than this dataset holds: max_tokens 64 instead of 32"):
+        with storage.publish("train/long") as folder:
+            save_model(folder, model.network, TextEncoder(model.encoder.folder, 64), model.labels, model.task)
+        trained(replace(changed(text, "too-long", {"epochs": 1}), start="train/long"))
 
 
 def test_a_started_student_that_stops_goes_on(text: TrainJob, at_every_step: None) -> None:
