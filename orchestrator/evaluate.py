@@ -15,7 +15,7 @@ import numpy as np
 
 from orchestrator.data.dataset import SLICE, Split
 from orchestrator.evaluation.on_ray import Cost, PredictJob, measure_cost, predict_split
-from orchestrator.evaluation.predictions import picture_of, write_predictions
+from orchestrator.evaluation.predictions import picture_of, write_predictions, write_samples
 from orchestrator.evaluation.report import TestRows, write_report
 from orchestrator.evaluation.scores import evaluate_predictions, slice_scores
 from orchestrator.progress import Event, Report
@@ -23,7 +23,17 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe_file import to_yaml
 from orchestrator.records import DatasetRecord, EvaluationRecord, ModelRecord
 from orchestrator.session import Session
-from orchestrator.storage import METRICS, PREDICTIONS, RECIPE, RECORD, REPORT, Storage, sha256_json, stage_location
+from orchestrator.storage import (
+    METRICS,
+    PREDICTIONS,
+    RECIPE,
+    RECORD,
+    REPORT,
+    SAMPLES,
+    Storage,
+    sha256_json,
+    stage_location,
+)
 from orchestrator.training.metrics_log import read_metrics
 from orchestrator.training.placement import Placement, place_workers
 
@@ -59,6 +69,7 @@ class EvaluateStage:
         )  # fmt: skip
         with self.storage.publish(location) as folder:
             write_predictions(folder / PREDICTIONS, split, probabilities, dataset.labels)
+            write_samples(folder / SAMPLES, split, probabilities, dataset.labels, dataset.image_size)
             self._write_report(folder / REPORT, record, model, dataset, probabilities)
             (folder / RECIPE).write_text(to_yaml(self.recipe), encoding="utf-8")
             (folder / RECORD).write_text(record.model_dump_json(indent=2), encoding="utf-8")

@@ -26,7 +26,7 @@ from orchestrator.data.prepare import prepare as prepare_dataset
 from orchestrator.data.schema import infer_schema
 from orchestrator.data.sources import Source, open_source
 from orchestrator.errors import ModelNotFound, RecipeError, ServingFailed
-from orchestrator.evaluation.predictions import read_predictions
+from orchestrator.evaluation.predictions import read_predictions, read_samples
 from orchestrator.progress import Event, Report, format_seconds, ignore
 from orchestrator.recipe import Model, Recipe
 from orchestrator.recipe_file import parse_recipe
@@ -52,6 +52,7 @@ from orchestrator.storage import (
     RECIPE,
     RECORD,
     REPORT,
+    SAMPLES,
     Storage,
     stage_location,
 )
@@ -301,6 +302,8 @@ class Pipeline:
         results = self.storage.fetch(evaluation.location)
         files = {MODEL: self.storage.fetch(model.model_location), RECIPE: self.storage.pull(f"{model.location}/{RECIPE}"),
                  EVALUATION: results / RECORD, REPORT: results / REPORT}  # fmt: skip
+        if (results / SAMPLES).is_file():
+            files[SAMPLES] = results / SAMPLES
         with tempfile.TemporaryDirectory() as scratch:
             files[MODEL_RECORD] = Path(scratch) / MODEL_RECORD
             files[MODEL_RECORD].write_text(model.model_dump_json(indent=2), encoding="utf-8")
@@ -389,7 +392,8 @@ class Pipeline:
         from orchestrator.serving.served import served_version
 
         started = time.monotonic()
-        url = deploy(served_version(self.registry, version, self.recipe.serving), self.report)
+        known = read_samples(self.registry.open(version) / SAMPLES)
+        url = deploy(served_version(self.registry, version, self.recipe.serving), self.report, known)
         return self._endpoint(version, url, session.address, pid, time.monotonic() - started)
 
     def _endpoint(

@@ -52,6 +52,7 @@ MODEL_RECORD = "model.json"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
+SAMPLES = "samples.json"
 REGISTRY_DATABASE = "registry/registry.db"
 STUDIES_DATABASE = "tune/studies.db"
 _CHUNK_BYTES = 1 << 20

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from orchestrator.candidates import Candidates
 from orchestrator.compression.limits import misses
@@ -102,5 +103,9 @@ def values_of(point: Point) -> str:
     """For people: ``layers 0.5, form openvino-int8``; what is untouched is left out."""
     shown = {path.removeprefix("compression."): value for path, value in point.items()}
     parts = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
-             if not (isinstance(value, int | float) and not isinstance(value, bool) and value == 1)]  # fmt: skip
+             if not _is_untouched(value)]  # fmt: skip
     return ", ".join(parts)
+
+
+def _is_untouched(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value == 1)

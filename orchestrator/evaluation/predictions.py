@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +15,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from orchestrator.data.dataset import Split
+
+_SAMPLES = 32
 
 
 def write_predictions(path: Path, split: Split, probabilities: np.ndarray, labels: Sequence[str]) -> None:
@@ -23,6 +28,31 @@ def write_predictions(path: Path, split: Split, probabilities: np.ndarray, label
         "predicted_index": pa.array(probabilities.argmax(axis=1).astype(np.int32)),
     } | {f"probability:{label}": pa.array(probabilities[:, c]) for c, label in enumerate(labels)}  # fmt: skip
     pq.write_table(pa.table(columns), path)
+
+
+def write_samples(
+    path: Path, split: Split, probabilities: np.ndarray, labels: Sequence[str], image_size: int | None
+) -> None:
+    """Some rows as a client would send them, with what was answered: who serves the model asks it again.
+
+    JSON: ``[{"input": TEXT or {"b64": PNG}, "scores": {LABEL: PROBABILITY}}, ...]``, evenly spread over the rows.
+    """
+    rows = np.unique(np.linspace(0, len(split) - 1, _SAMPLES).round().astype(np.int64))
+    if image_size is None:
+        inputs: list[Any] = split.column("raw", rows).to_pylist()
+    else:
+        inputs = [{"b64": base64.b64encode(picture_of(split, int(row), image_size)).decode()} for row in rows]
+    samples = [{"input": given, "scores": dict(zip(labels, map(float, probabilities[row]), strict=True))}
+               for given, row in zip(inputs, rows, strict=True)]  # fmt: skip
+    path.write_text(json.dumps(samples), encoding="utf-8")
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """What ``write_samples`` wrote; nothing of versions that were registered before there were any."""
+    if not path.is_file():
+        return []
+    samples: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return samples
 
 
 def picture_of(split: Split, row: int, size: int) -> bytes:

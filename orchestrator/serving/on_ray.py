@@ -16,7 +16,7 @@ import re
 import socket
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from orchestrator.recipe import Serving
 from orchestrator.serving.contract import Answers, ApiError, Input, Limits, ModelInfo
 from orchestrator.serving.feedback import append_feedback
 from orchestrator.serving.gateway import build_app, overloaded, wrong_version
+from orchestrator.serving.known_answers import check_known_answers
 from orchestrator.serving.served import MODEL_APP, ModelArguments, Served
 from orchestrator.storage import Storage
 
@@ -202,14 +203,15 @@ def build_gateway() -> FastAPI:
 # ------------------------------------------------------------------------------------------------------------- doors
 
 
-def deploy(served: Served, report: Report = ignore) -> str:
-    """Bring this version to the endpoint, starting Serve if need be; returns the endpoint's URL once it answers.
+def deploy(served: Served, report: Report = ignore, known: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Bring this version to the endpoint, starting Serve if need be; returns the endpoint's URL once it answers, and answers
+    as it should. ``known``: rows with the answers that were evaluated (``known_answers.py``).
 
     If the new version cannot start, the one that answered before goes on answering.
 
     Raises:
         PortInUse: something else listens on the address.
-        ServingFailed: the version did not start, with the reason its replica gave.
+        ServingFailed: the version did not start, with the reason its replica gave, or does not answer as it did.
     """
     url = _start(served.settings, report)
     before = _running(served.name)
@@ -221,6 +223,7 @@ def deploy(served: Served, report: Report = ignore) -> str:
         for app in (_GATEWAY, served.app):
             _wait_running(app)
         _wait_until_known(url, served)
+        check_known_answers(url, served.name, known, min(served.scale.max_batch_size, served.settings.max_instances))
     except ServingFailed:
         _restore(served, before, report)
         raise

@@ -201,6 +201,27 @@ def test_a_version_with_a_flipped_bit_never_answers(endpoint: str, storage: Stor
     assert (serving_status()["reviews"]["version"], serving_status()["reviews"]["status"]) == (2, "RUNNING")
 
 
+def test_a_version_that_does_not_answer_as_evaluated_is_taken_back(
+    endpoint: str, storage: Storage, settings: Serving
+) -> None:
+    from orchestrator.serving.on_ray import deploy, serving_status
+
+    rows = offline(storage, "reviews", 1, TEXTS)
+    labels = list(scores_by_label(endpoint))
+    swapped = [{"input": text, "scores": dict(zip(labels, row[::-1], strict=True))}
+               for text, row in zip(TEXTS, rows, strict=True)]  # fmt: skip
+    with pytest.raises(ServingFailed, match=r"does not answer at .* as it did when it was evaluated"):
+        deploy(served(storage, settings, "reviews", 1), known=swapped)
+    assert serving_status()["reviews"]["version"] == 2, "the one before answers again"
+
+
+def scores_by_label(endpoint: str) -> dict[str, float]:
+    found: dict[str, float] = ask(f"{endpoint}/v1/models/reviews:predict", {"instances": ["a"]})[1]["predictions"][0][
+        "scores"
+    ]
+    return found
+
+
 def test_a_killed_replica_costs_no_request(endpoint: str) -> None:
     import ray
 

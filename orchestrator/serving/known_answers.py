@@ -1,0 +1,63 @@
+"""Whether an endpoint answers as the model did when it was evaluated: some test rows are sent to it as any client would.
+
+In: the endpoint's URL, and the rows with their probabilities as evaluation wrote them. Out: nothing, or an error. What is
+compared is the whole way: registered files, the replica's runtime and threads, encoding, batches, HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.errors import ServingFailed
+
+_ALLOWED = 1 / 16
+"""Share of the labels. Numbers of int8 depend on what else is in a batch, and turn what is nearly undecided."""
+_PATIENCE_S, _TIMEOUT_S, _POLL_S = 30.0, 60.0, 0.5
+
+
+def check_known_answers(url: str, name: str, known: Sequence[Mapping[str, Any]], at_once: int) -> None:
+    """``known``: as ``evaluation.predictions.read_samples`` gives them. ``at_once``: inputs per request, at most.
+
+    Raises ServingFailed: more than a sixteenth of the labels differ, or the endpoint refuses the rows.
+    """
+    wrong, largest = [], 0.0
+    for start in range(0, len(known), at_once):
+        part = known[start : start + at_once]
+        for row, answer in zip(part, _ask(url, name, [row["input"] for row in part]), strict=True):
+            scores: Mapping[str, float] = row["scores"]
+            largest = max(largest, *(abs(answer["scores"][label] - score) for label, score in scores.items()))
+            if answer["label"] != max(scores, key=lambda label: scores[label]):
+                wrong.append(row["input"])
+    if len(wrong) > _ALLOWED * len(known):
+        raise ServingFailed(
+            f"{name} does not answer at {url} as it did when it was evaluated: {len(wrong)} of {len(known)} labels differ, "
+            f"the largest difference of a probability is {largest:.3g}",
+            "its runtime computes differently on this machine: choose another compression.form, or an earlier version",
+        )
+
+
+def _ask(url: str, name: str, inputs: list[Any]) -> list[dict[str, Any]]:
+    """Predictions in the inputs' order; an endpoint that is busy is asked again."""
+    request = urllib.request.Request(f"{url}/v1/models/{name}:predict", json.dumps({"instances": inputs}).encode(),
+                                     {"Content-Type": "application/json"})  # fmt: skip
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+                predictions: list[dict[str, Any]] = json.load(answer)["predictions"]
+                return predictions
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or time.monotonic() >= deadline:
+                told = error.read(2000).decode(errors="replace")
+                raise ServingFailed(
+                    f"{url} refuses rows that {name} was evaluated on: {told}", "see Serve's logs"
+                ) from None
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ServingFailed(f"{url} does not answer ({error})", "see Serve's logs") from None
+        time.sleep(_POLL_S)

@@ -1,0 +1,91 @@
+"""A compression that is killed at any moment, and started again, ends with every candidate tried once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compressing import recipe_text
+from processes import descendants, wait_for_end
+
+from orchestrator.storage import RECORD, STUDIES_DATABASE, SURVEY
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent.parent
+CANDIDATES = 3
+
+
+def start(recipe: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "orchestrator.cli", "compress", str(recipe), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+
+
+def done(storage: Path) -> dict[int, dict[str, Any]]:
+    """Candidates that the database knows the figures of."""
+    query = (
+        "select t.number, a.key, a.value_json from trials t join trial_user_attributes a using (trial_id)"
+        " where t.state = 'COMPLETE'"
+    )
+    try:
+        with sqlite3.connect(f"file:{storage / STUDIES_DATABASE}?mode=ro", uri=True) as database:
+            rows = database.execute(query).fetchall()
+    except sqlite3.OperationalError:  # it is not there yet
+        return {}
+    found: dict[int, dict[str, Any]] = {}
+    for number, key, value in rows:
+        found.setdefault(number, {})[key] = json.loads(value)
+    return found
+
+
+def kill_when(recipe: Path, there: Callable[[], bool]) -> set[int]:
+    """SIGKILL to the command when this is so. Returns the processes it had."""
+    process = start(recipe)
+    while not there():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.05)
+    family = descendants(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    return family
+
+
+def test_a_compression_killed_at_three_moments_goes_on(reviews_csv: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    space = "{compression.layers: [0.5, 1.0], compression.form: [torch-fp32, onnxruntime-fp32]}"
+    asked = f"trials: {CANDIDATES}, space: {space}, sampler: grid, limits: {{macro_f1_drop: 1.0}}"
+    text = recipe_text(reviews_csv, tiny_backbone, tmp_path / "runs", asked).replace("sampler: random, ", "")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace("trials: 3", "trials: 3, recovery: {epochs: 12}"))
+    storage = tmp_path / "runs"
+
+    def found(pattern: str) -> list[Path]:
+        return list(storage.glob(pattern))
+
+    families = [kill_when(recipe, lambda: bool(found(f"compress/*/{SURVEY}")))]
+    assert not done(storage)
+    families.append(kill_when(recipe, lambda: bool(found("compress/*/trials/*/recovery/*/metrics.jsonl"))))
+    assert not found("compress/*/students/*"), "it was killed while it trained"
+    first = done(storage)
+    families.append(kill_when(recipe, lambda: len(done(storage)) > len(first)))
+    before = done(storage)
+    assert len(before) < CANDIDATES and not found(f"compress/*/{RECORD}"), "it was killed in the midst"
+
+    out, err = start(recipe).communicate(timeout=240)
+    assert out, err[-3000:]
+    record = json.loads(out.splitlines()[-1])
+    assert (record["trials"], record["complete"], record["failed"]) == (CANDIDATES, CANDIDATES, 0)
+    assert f"{len(before)} are done" in err or f"{len(before)} are done" in out
+    after = done(storage)
+    assert len(after) == CANDIDATES and all(after[number] == values for number, values in before.items())
+    assert len(found("compress/*/students/*")) <= 1
+    for family in families:
+        wait_for_end(family, timeout_s=60)

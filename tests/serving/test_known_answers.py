@@ -1,0 +1,96 @@
+"""An endpoint that answers otherwise than the model did when it was evaluated is found out."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import ServingFailed
+from orchestrator.serving import known_answers
+from orchestrator.serving.known_answers import check_known_answers
+
+KNOWN = [{"input": f"text {n}", "scores": {"good": n / 31, "bad": 1 - n / 31}} for n in range(32)]
+SCORES = {row["input"]: row["scores"] for row in KNOWN}
+
+
+@contextmanager
+def endpoint(answer: Callable[[list[Any]], tuple[int, dict[str, Any]]]) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/models/reviews:predict"
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            status, values = answer(body["instances"])
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(values).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def predictions(inputs: list[Any], wrong: int = 0) -> tuple[int, dict[str, Any]]:
+    """As evaluated, but for the first rows of all, whose scores are swapped."""
+    answers = []
+    for given in inputs:
+        scores = dict(SCORES[given])
+        if int(given.split()[1]) < wrong:
+            scores = {"good": scores["bad"], "bad": scores["good"]}
+        answers.append({"label": max(scores, key=lambda label: scores[label]), "scores": scores})
+    return 200, {"predictions": answers}
+
+
+def test_the_same_answers_pass_in_requests_that_are_not_too_large() -> None:
+    sizes: list[int] = []
+
+    def answer(inputs: list[Any]) -> tuple[int, dict[str, Any]]:
+        sizes.append(len(inputs))
+        return predictions(inputs)
+
+    with endpoint(answer) as url:
+        check_known_answers(url, "reviews", KNOWN, 12)
+    assert sizes == [12, 12, 8]
+
+
+def test_a_few_other_labels_are_rounding_and_more_are_not() -> None:
+    with endpoint(lambda inputs: predictions(inputs, wrong=2)) as url:
+        check_known_answers(url, "reviews", KNOWN, 32)
+    told = r"3 of 32 labels differ, the largest difference of a probability is 1\b"
+    with endpoint(lambda inputs: predictions(inputs, wrong=3)) as url, pytest.raises(ServingFailed, match=told):
+        check_known_answers(url, "reviews", KNOWN, 32)
+
+
+def test_a_busy_endpoint_is_asked_again_and_a_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_answers, "_POLL_S", 0.01)
+    asked: list[int] = []
+
+    def busy(inputs: list[Any]) -> tuple[int, dict[str, Any]]:
+        asked.append(len(inputs))
+        return (503, {}) if len(asked) == 1 else predictions(inputs)
+
+    with endpoint(busy) as url:
+        check_known_answers(url, "reviews", KNOWN, 32)
+    assert len(asked) == 2
+    told = r"refuses rows that reviews was evaluated on: .*too long"
+    refusal = 422, {"error": {"message": "too long"}}
+    with endpoint(lambda inputs: refusal) as url, pytest.raises(ServingFailed, match=told):
+        check_known_answers(url, "reviews", KNOWN, 32)
+
+
+def test_versions_without_known_answers_are_not_asked() -> None:
+    check_known_answers("http://127.0.0.1:9", "reviews", [], 8)
