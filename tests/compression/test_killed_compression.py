@@ -21,7 +21,7 @@ from orchestrator.storage import RECORD, STUDIES_DATABASE, SURVEY
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent.parent
-CANDIDATES = 3
+CANDIDATES = 4
 
 
 def start(recipe: Path) -> subprocess.Popen[str]:
@@ -64,7 +64,7 @@ def test_a_compression_killed_at_three_moments_goes_on(reviews_csv: Path, tiny_b
     asked = f"trials: {CANDIDATES}, space: {space}, sampler: grid, limits: {{macro_f1_drop: 1.0}}"
     text = recipe_text(reviews_csv, tiny_backbone, tmp_path / "runs", asked).replace("sampler: random, ", "")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text.replace("trials: 3", "trials: 3, recovery: {epochs: 12}"))
+    recipe.write_text(text.replace("trials: 4", "trials: 4, recovery: {epochs: 12}"))
     storage = tmp_path / "runs"
 
     def found(pattern: str) -> list[Path]:
