@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.recipe_compression import Compression
@@ -11,15 +11,17 @@ from orchestrator.recipe_tuning import Dimension
 FORM = "compression.form"
 _RECOVERY = "compression.recovery."
 _SHARES: dict[str, tuple[float, ...]] = {
-    "layers": (0.17, 0.34, 0.5, 0.67, 1.0), "heads": (0.5, 1.0), "units": (0.25, 0.5, 1.0), "vocabulary": (0.25, 1.0),
+    "layers": (0.17, 0.34, 0.5, 0.67, 1.0), "heads": (0.34, 0.5, 1.0), "units": (0.25, 0.5, 1.0), "vocabulary": (0.15, 1.0),
     "filters": (0.35, 0.5, 0.7, 1.0),
 }  # fmt: skip
 """Few values of each, so that candidates share students. Low rank and zeros are left to who asks for them."""
 _FORMS = ("openvino-int8", "onnxruntime-int8", "onnxruntime-int8-static", "openvino-bf16", "openvino-int8-weights",
           "openvino-fp32", "onnxruntime-fp32", "torch-bf16", "torch-fp32")  # fmt: skip
 _MOST_FORMS = 6
-_RUNGS = (2 / 3, 1 / 3, 0.0)
-"""How much is left of what can be taken out, in candidates that show how far it can go."""
+_LAYERS = "compression.layers"
+_RUNGS = ((0.5, 1.0), (0.0, 1.0), (0.0, 0.75), (0.0, 0.5))
+"""How much is left of what can be taken out, and of the layers, in candidates that show how far it can go. A layer is missed
+most: half of the heads, or 85% of the vocabulary, can go from MiniLM without any recovery (docs/log.md)."""
 _RUNGS_IN = 2
 """Forms."""
 _SHORTEST = 16
@@ -44,7 +46,7 @@ def usual_space(
 
 def first_points(dimensions: Mapping[str, Dimension], own: dict[str, Any] | None) -> list[dict[str, Any]]:
     """What no sampler has to find out: the network as it is in each form, and a ladder, with less and less left of
-    everything at once, in the first forms of int8.
+    everything, of the layers last, in the first forms of int8.
 
     ``own``: the recipe's values, if all lie within their dimensions.
     """
@@ -54,11 +56,16 @@ def first_points(dimensions: Mapping[str, Dimension], own: dict[str, Any] | None
     if not own or not shares or not all(shares.values()):
         return points
     rungs = [
-        {path: values[round((1.0 - left) * (len(values) - 1))] for path, values in shares.items()} for left in _RUNGS
+        {path: _left(values, layers if path == _LAYERS else others) for path, values in shares.items()}
+        for others, layers in _RUNGS
     ]
     for form in [form for form in forms if form.endswith("int8")][:_RUNGS_IN] or [None]:
         points += [own | rung | ({FORM: form} if form else {}) for rung in rungs]
-    return points
+    return [point for number, point in enumerate(points) if point not in points[:number]]
+
+
+def _left(falling: Sequence[Any], share: float) -> Any:
+    return falling[round((1.0 - share) * (len(falling) - 1))]
 
 
 def _falling(path: str, dimension: Dimension) -> list[Any]:

@@ -36,7 +36,7 @@ def test_texts_are_cut_only_where_there_are_texts_and_enough_of_them():
 
 def test_the_first_points_are_the_forms_and_then_a_ladder_down():
     space = {
-        "compression.layers": Dimension.model_validate([0.5, 1.0, 0.25]),
+        "compression.layers": Dimension.model_validate([0.5, 1.0, 0.25, 0.75]),
         "compression.max_tokens": Dimension.model_validate([64, None]),
         "compression.sparsity": Dimension.model_validate([0.9, 0.0]),
         "compression.recovery.epochs": Dimension.model_validate([1, 5]),
@@ -46,11 +46,11 @@ def test_the_first_points_are_the_forms_and_then_a_ladder_down():
            "compression.recovery.epochs": 5, FORM: "torch-fp32"}  # fmt: skip
     points = first_points(space, own)
     assert points[:3] == [own | {FORM: form} for form in space[FORM].values]
-    ladder = points[3:6]
+    ladder = points[3:6]  # what would be a little less of everything is nothing here
     assert {point[FORM] for point in ladder} == {"onnxruntime-int8"}
     assert {point["compression.recovery.epochs"] for point in ladder} == {5}
-    assert [point["compression.layers"] for point in ladder][-1] == 0.25
-    assert ladder[-1]["compression.max_tokens"] == 64 and ladder[-1]["compression.sparsity"] == 0.9
+    assert [point["compression.layers"] for point in ladder] == [1.0, 0.75, 0.5], "layers go last"
+    assert all(p["compression.max_tokens"] == 64 and p["compression.sparsity"] == 0.9 for p in ladder)
     assert [point | {FORM: ""} for point in points[6:]] == [point | {FORM: ""} for point in ladder]
 
 
