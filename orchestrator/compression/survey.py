@@ -20,8 +20,7 @@ from orchestrator.compression.sensitivity import count_tokens, measure_sensitivi
 from orchestrator.compression.structure import methods_of
 from orchestrator.data.text import TextEncoder
 from orchestrator.models.checkpoint import load_model
-from orchestrator.storage import MEMBERS, Storage
-from orchestrator.training.distillation import ANSWERS
+from orchestrator.storage import ANSWERS, MEMBERS, Storage
 
 _TIMED_INPUTS, _ROUNDS = 64, 3
 _PARENT = "parent"

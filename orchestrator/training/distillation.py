@@ -24,8 +24,6 @@ from orchestrator.recipe import Distillation
 from orchestrator.storage import Storage
 from orchestrator.training.loop import MicroBatch, RowLosses
 
-ANSWERS = "answers.npy"
-"""What a teacher says of all training rows, in their order: logits, float32 [rows, classes]."""
 _TINY = 1e-12
 _NO_STATES = (
     "training.distillation.hidden has no effect: teacher and student have no hidden states of the same kind to compare"

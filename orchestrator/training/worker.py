@@ -26,12 +26,12 @@ from orchestrator.models.backbones import Network
 from orchestrator.models.checkpoint import save_model
 from orchestrator.progress import Event
 from orchestrator.recipe import Recipe
-from orchestrator.storage import METRICS, TENSORBOARD, Storage, best_location
+from orchestrator.storage import ANSWERS, METRICS, TENSORBOARD, Storage, best_location
 from orchestrator.tasks import TASKS
 from orchestrator.training import lora
 from orchestrator.training.adversarial import FastGradient
 from orchestrator.training.averaging import Average
-from orchestrator.training.distillation import ANSWERS, Teacher, require_same_inputs, require_teacher, saved_model
+from orchestrator.training.distillation import Teacher, require_same_inputs, require_teacher, saved_model
 from orchestrator.training.failure import Diverged
 from orchestrator.training.fake_int8 import rounding
 from orchestrator.training.feed import Feed
@@ -84,7 +84,7 @@ class TrainJob:
     teacher: str | None = None
     """Location of a saved model whose answers are learned, if ``training.distillation`` says so."""
     answers: str | None = None
-    """Location of what it says of all training rows (``distillation.ANSWERS``), where that does not depend on chance. None: it
+    """Location of what it says of all training rows (``storage.ANSWERS``), where that does not depend on chance. None: it
     is asked anew each time."""
 
 

@@ -23,8 +23,8 @@ from orchestrator.models.checkpoint import load_model, save_model
 from orchestrator.progress import ignore
 from orchestrator.recipe import Distillation, Model, Training
 from orchestrator.records import DatasetRecord, ModelRecord
-from orchestrator.storage import METRICS, RECORD, Storage, sha256_file
-from orchestrator.training.distillation import ANSWERS, Teacher, answer_losses, hidden_losses, layer_pairs
+from orchestrator.storage import ANSWERS, METRICS, RECORD, Storage, sha256_file
+from orchestrator.training.distillation import Teacher, answer_losses, hidden_losses, layer_pairs
 from orchestrator.training.here import Here
 from orchestrator.training.loop import Compute, MicroBatch, train_step
 from orchestrator.training.metrics_log import read_metrics
