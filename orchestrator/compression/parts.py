@@ -159,7 +159,7 @@ def token_tables(network: nn.Module) -> list[str]:
     find = getattr(network.get_submodule("model"), "get_input_embeddings", None)
     try:
         table = find() if find else None
-    except NotImplementedError:
+    except NotImplementedError:  # what transformers says of a model that reads no tokens
         table = None
     if not isinstance(table, nn.Embedding):
         return []

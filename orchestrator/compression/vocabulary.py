@@ -47,10 +47,10 @@ def apply(state: Reshaping, share: float, sample: Sample) -> Reshaping:
     instead = _nearest(table.weight.detach(), kept)
 
     def null(network: Network) -> None:
-        _tied(network, names[0]).weight.data.copy_(table.weight[kept[instead]])
+        _table(network, names[0]).weight.data.copy_(table.weight[kept[instead]])
 
     def remove(network: Network) -> None:
-        smaller = _shared(_tied(network, names[0]), kept, instead)
+        smaller = _shared(_table(network, names[0]), kept, instead)
         for name in names:
             network.set_submodule(name, smaller)
 
@@ -92,7 +92,7 @@ def _nearest(weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return instead
 
 
-def _tied(network: Network, name: str) -> nn.Embedding:
+def _table(network: Network, name: str) -> nn.Embedding:
     table = network.get_submodule(name)
     assert isinstance(table, nn.Embedding)
     return table

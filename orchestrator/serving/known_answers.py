@@ -25,17 +25,16 @@ def check_known_answers(url: str, name: str, known: Sequence[Mapping[str, Any]],
 
     Raises ServingFailed: more than a sixteenth of the labels differ, or the endpoint refuses the rows.
     """
-    wrong, largest = [], 0.0
+    wrong, largest = 0, 0.0
     for start in range(0, len(known), at_once):
         part = known[start : start + at_once]
         for row, answer in zip(part, _ask(url, name, [row["input"] for row in part]), strict=True):
             scores: Mapping[str, float] = row["scores"]
             largest = max(largest, *(abs(answer["scores"][label] - score) for label, score in scores.items()))
-            if answer["label"] != max(scores, key=lambda label: scores[label]):
-                wrong.append(row["input"])
-    if len(wrong) > _ALLOWED * len(known):
+            wrong += answer["label"] != max(scores, key=lambda label: scores[label])
+    if wrong > _ALLOWED * len(known):
         raise ServingFailed(
-            f"{name} does not answer at {url} as it did when it was evaluated: {len(wrong)} of {len(known)} labels differ, "
+            f"{name} does not answer at {url} as it did when it was evaluated: {wrong} of {len(known)} labels differ, "
             f"the largest difference of a probability is {largest:.3g}",
             "its runtime computes differently on this machine: choose another compression.form, or an earlier version",
         )
