@@ -239,6 +239,8 @@ class _Sweep:
         recovery, training, path = self.settings.recovery, self.recipe.training, "compression.recovery."
         searched = {p.path.removeprefix(path) for p in self.space.parameters if p.path.startswith(path)}
         taught = (recovery.epochs and recovery.distillation) or searched & {"epochs", "distillation"}
+        if recovery.hidden and "hidden" not in searched:
+            return None  # students have it beside them anyway
         students = has_student(self.settings) or any(p.path != FORM for p in self.space.parameters)
         if not taught or not students or training.mixup or training.augmentation != Augmentation():
             return None

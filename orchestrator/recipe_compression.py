@@ -61,8 +61,9 @@ class Recovery(Section):
     """Share of the loss that is the teacher's probabilities (Hinton et al. 2015); the rest is the labels'."""
     temperature: float = Field(default=2.0, ge=1.0, le=100.0)
     """Softens both networks' probabilities before they are compared."""
-    hidden: float = Field(default=0.0, ge=0.0, le=100.0)
-    """Weight of the distance between hidden states of student and teacher."""
+    hidden: float = Field(default=10.0, ge=0.0, le=100.0)
+    """Weight of the distance between hidden states of student and teacher: on few rows it keeps what the labels alone would
+    have forgotten. 0: the answers alone, which are then asked once for all candidates."""
     fake_int8: bool = False
     """Quantisation-aware training: compute with weights and activations rounded as int8 would."""
 

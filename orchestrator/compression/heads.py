@@ -15,6 +15,7 @@ from torch import nn
 from orchestrator.compression.matrices import input_size, keep_inputs, keep_outputs, keep_rows, output_size, zero_inputs
 from orchestrator.compression.parts import Attention, attentions
 from orchestrator.compression.ranking import keep_best
+from orchestrator.compression.refit import refit
 from orchestrator.compression.reshaping import Reshaping, Sample, without, without_kept
 from orchestrator.compression.sensitivity import Sensitivity
 from orchestrator.errors import CompressionFailed
@@ -62,11 +63,13 @@ def apply(state: Reshaping, share: float, sample: Sample) -> Reshaping:
 
     layouts = _LAYOUTS if any(attention.fused for attention in found) else _LAYOUTS[:1]
     smaller = without(state.network, [remover(layout) for layout in layouts], null, sample, "some of its heads")
-    sensitivity = state.sensitivity
+    sensitivity, columns = state.sensitivity, {}
     for attention in found:
         size = input_size(state.network.get_submodule(attention.out)) // attention.heads
+        columns[attention.out] = _blocks(kept[attention.name], size)
         sensitivity = sensitivity.keeping("heads", attention.name, kept[attention.name])
-        sensitivity = sensitivity.keeping("inputs", attention.out, _blocks(kept[attention.name], size))
+        sensitivity = sensitivity.keeping("inputs", attention.out, columns[attention.out])
+    refit(state.network, smaller, columns, state.batches)
     return replace(state, network=smaller, sensitivity=sensitivity)
 
 

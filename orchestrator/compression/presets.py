@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,8 @@ def usual_space(
         for method, shares in _SHARES.items()
         if not methods.get(method, "unknown")
     }
-    if not methods.get("max_tokens", "unknown") and max_tokens // 2 >= _SHORTEST:
-        space["compression.max_tokens"] = {"choice": list(dict.fromkeys((max_tokens // 2, settings.max_tokens)))}
+    if not methods.get("max_tokens", "unknown") and max_tokens * 3 // 4 >= _SHORTEST:
+        space["compression.max_tokens"] = {"choice": list(dict.fromkeys((max_tokens * 3 // 4, settings.max_tokens)))}
     here = [form for form in _FORMS if not forms[form]][:_MOST_FORMS]
     space[FORM] = {"choice": list(dict.fromkeys((*here, settings.form)))}
     return {path: Dimension.model_validate(dimension) for path, dimension in space.items()}
@@ -65,7 +66,7 @@ def first_points(dimensions: Mapping[str, Dimension], own: dict[str, Any] | None
 
 
 def _left(falling: Sequence[Any], share: float) -> Any:
-    return falling[round((1.0 - share) * (len(falling) - 1))]
+    return falling[math.floor((1.0 - share) * (len(falling) - 1) + 0.5)]
 
 
 def _falling(path: str, dimension: Dimension) -> list[Any]:

@@ -33,6 +33,8 @@ class Reshaping:
     """Of its library."""
     sensitivity: Sensitivity
     """Of ``network`` as it is now."""
+    batches: Sequence[Sample] = ()
+    """Inputs by which what stays takes over the work of what goes; none: weights stay as they were."""
     layers: dict[str, list[int]] = field(default_factory=dict)
     """Row -> positions, in the row at the start, of the layers that are left."""
 

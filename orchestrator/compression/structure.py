@@ -7,7 +7,7 @@ loads and trains as any other. Each method is a file and a line in ``METHODS``; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,17 +79,21 @@ def methods_of(network: Network, sample: Sample) -> dict[str, str]:
     return {field: _why_not(method, inner, few) for field, method in METHODS.items()}
 
 
-def reshape(network: Network, structure: Structure, sensitivity: Sensitivity, sample: Sample) -> Network:
-    """What ``structure`` leaves of the network, with the weights it has; the given one stays as it is.
+def reshape(
+    network: Network, structure: Structure, sensitivity: Sensitivity, sample: Sample, batches: Sequence[Sample] = ()
+) -> Network:
+    """What ``structure`` leaves of the network; the given one stays as it is.
 
-    ``sample``: a few rows of inputs, on which each removal is checked.
+    ``sample``: a few rows of inputs, on which each removal is checked. ``batches``: calibration inputs, by which the
+    matrices that lose inputs are refitted; none: every weight stays as it was.
     Raises:
         CompressionFailed: a method does not apply to this architecture; ``methods_of`` would have said so.
         RecipeError: a package is missing.
     """
     base_of(network)
     start = _inner(network)
-    state, few = Reshaping(start, sensitivity), {name: tensor[:_PROOF_ROWS] for name, tensor in sample.items()}
+    few = {name: tensor[:_PROOF_ROWS] for name, tensor in sample.items()}
+    state = Reshaping(start, sensitivity, batches)
     for field, method in METHODS.items():
         if (value := getattr(structure, field)) != method.untouched:
             try:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from orchestrator.compression.matrices import keep_inputs, keep_outputs, output_size, zero_inputs
 from orchestrator.compression.parts import feed_forwards
 from orchestrator.compression.ranking import keep_best, rounded
+from orchestrator.compression.refit import refit
 from orchestrator.compression.reshaping import Reshaping, Sample, without, without_kept
 from orchestrator.compression.sensitivity import Sensitivity
 from orchestrator.errors import CompressionFailed
@@ -55,6 +56,7 @@ def apply(state: Reshaping, share: float, sample: Sample) -> Reshaping:
     for pair in pairs:
         for kind in ("units", "inputs"):
             sensitivity = sensitivity.keeping(kind, pair.down, kept[pair.down])
+    refit(state.network, smaller, {pair.down: kept[pair.down] for pair in pairs}, state.batches)
     return replace(state, network=smaller, sensitivity=sensitivity)
 
 

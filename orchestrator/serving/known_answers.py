@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from typing import Any
 
 from orchestrator.errors import ServingFailed
@@ -23,15 +24,22 @@ _PATIENCE_S, _TIMEOUT_S, _POLL_S = 30.0, 60.0, 0.5
 def check_known_answers(url: str, name: str, known: Sequence[Mapping[str, Any]], at_once: int) -> None:
     """``known``: as ``evaluation.predictions.read_samples`` gives them. ``at_once``: inputs per request, at most.
 
-    Raises ServingFailed: more than a sixteenth of the labels differ, or the endpoint refuses the rows.
+    Raises ServingFailed: more than a sixteenth of the labels differ, or the endpoint refuses the rows, or what it gives are
+    no predictions.
     """
     wrong, largest = 0, 0.0
     for start in range(0, len(known), at_once):
         part = known[start : start + at_once]
-        for row, answer in zip(part, _ask(url, name, [row["input"] for row in part]), strict=True):
-            scores: Mapping[str, float] = row["scores"]
-            largest = max(largest, *(abs(answer["scores"][label] - score) for label, score in scores.items()))
-            wrong += answer["label"] != max(scores, key=lambda label: scores[label])
+        try:
+            for row, answer in zip(part, _ask(url, name, [row["input"] for row in part]), strict=True):
+                scores: Mapping[str, float] = row["scores"]
+                largest = max(largest, *(abs(answer["scores"][label] - score) for label, score in scores.items()))
+                wrong += answer["label"] != max(scores, key=lambda label: scores[label])
+        except (KeyError, TypeError, ValueError, HTTPException) as error:
+            raise ServingFailed(
+                f"what {url} answers are no predictions of {name} ({type(error).__name__}: {error})",
+                "see Serve's logs, and whether something else listens there",
+            ) from None
     if wrong > _ALLOWED * len(known):
         raise ServingFailed(
             f"{name} does not answer at {url} as it did when it was evaluated: {wrong} of {len(known)} labels differ, "

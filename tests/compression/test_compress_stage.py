@@ -20,13 +20,13 @@ pytestmark = pytest.mark.ray
 
 
 def test_a_sweep_ends_in_a_smaller_model_that_keeps_the_limits_and_walks_on(
-    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
+    reviews_csv: Path, tiny_backbone: Path, storage: Path, ray_session: Session
 ) -> None:
     forms = "[onnxruntime-int8, onnxruntime-fp32, torch-fp32, onnxruntime-int8-static]"
     asked = (
         f"trials: 3, layers: 0.5, vocabulary: 0.9, space: {{compression.form: {forms}}}, limits: {{macro_f1_drop: 0.2}}"
     )
-    text = recipe_text(reviews_csv, tiny_backbone, tmp_path, asked)
+    text = recipe_text(reviews_csv, tiny_backbone, storage, asked)
     run = Compressing(text, ray_session)
     record = run.compress()
     assert record.trials == 3 and record.failed == 0
@@ -37,7 +37,8 @@ def test_a_sweep_ends_in_a_smaller_model_that_keeps_the_limits_and_walks_on(
     assert record.model.parent == record.parent
     assert len(record.refused) == 2 and record.winner.number not in record.refused
     assert load_model(run.folder(record.model.model_location)).labels == ("bad", "good")
-    recoveries = list(tmp_path.glob("compress/*/trials/*/recovery/*/metrics.jsonl"))
+    assert "unchanged, taken from before" in run.said, "the model was trained before"
+    recoveries = list(storage.glob("compress/*/trials/*/recovery/*/metrics.jsonl"))
     assert len(recoveries) == 1, "candidates that differ in their form alone share one student"
     page = run.folder(record.report).read_text()
     assert "All candidates" in page and all(f"<td>{number}</td>" in page for number in record.refused)
@@ -54,10 +55,10 @@ def test_a_sweep_ends_in_a_smaller_model_that_keeps_the_limits_and_walks_on(
 
 
 def test_limits_that_nobody_keeps_end_with_the_nearest_and_what_would_do(
-    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
+    reviews_csv: Path, tiny_backbone: Path, storage: Path, ray_session: Session
 ) -> None:
     asked = "trials: 1, form: torch-fp32, space: {compression.form: [torch-fp32]}, limits: {size_bytes: 1000}"
-    text = recipe_text(reviews_csv, tiny_backbone, tmp_path, asked)
+    text = recipe_text(reviews_csv, tiny_backbone, storage, asked)
     with pytest.raises(
         CompressionFailed, match=r"none of 1 candidates keeps compression\.limits; the nearest are"
     ) as no:
@@ -77,12 +78,12 @@ def test_limits_that_nobody_keeps_end_with_the_nearest_and_what_would_do(
     ],
 )
 def test_what_cannot_be_is_said_before_any_candidate(
-    asked: str, told: str, reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
+    asked: str, told: str, reviews_csv: Path, tiny_backbone: Path, storage: Path, ray_session: Session
 ) -> None:
-    text = recipe_text(reviews_csv, tiny_backbone, tmp_path, asked, "").replace("epochs: 6", "epochs: 1")
+    text = recipe_text(reviews_csv, tiny_backbone, storage, asked)
     with pytest.raises(RecipeError, match=told):
         Compressing(text, ray_session).compress()
-    assert not list(tmp_path.glob("compress/*/trials/*"))
+    assert not list(storage.glob("compress/*/trials/*"))
 
 
 def test_a_recipe_without_the_section_says_how_to_add_one(
@@ -95,11 +96,11 @@ def test_a_recipe_without_the_section_says_how_to_add_one(
 
 
 def test_a_candidate_whose_process_dies_costs_that_candidate_alone(
-    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
+    reviews_csv: Path, tiny_backbone: Path, storage: Path, ray_session: Session
 ) -> None:
     space = "{compression.form: [torch-fp32, onnxruntime-fp32]}"
     text = recipe_text(
-        reviews_csv, tiny_backbone, tmp_path, f"trials: 2, space: {space}, limits: {{macro_f1_drop: 1.0}}"
+        reviews_csv, tiny_backbone, storage, f"trials: 2, space: {space}, limits: {{macro_f1_drop: 1.0}}"
     )
     run = Compressing(text, ray_session)
     running, killed, over = [""], list[int](), threading.Event()
@@ -139,12 +140,12 @@ def kill_candidate() -> list[int]:
 
 
 def test_a_record_that_is_lost_is_made_again_from_what_the_study_knows(
-    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
+    reviews_csv: Path, tiny_backbone: Path, storage: Path, ray_session: Session
 ) -> None:
     asked = (
         "trials: 1, form: onnxruntime-fp32, space: {compression.form: [onnxruntime-fp32]}, limits: {macro_f1_drop: 1.0}"
     )
-    text = recipe_text(reviews_csv, tiny_backbone, tmp_path, asked)
+    text = recipe_text(reviews_csv, tiny_backbone, storage, asked)
     record = Compressing(text, ray_session).compress()
     run = Compressing(text, ray_session)
     run.folder(f"{record.location}/{RECORD}").unlink()

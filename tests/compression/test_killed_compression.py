@@ -59,13 +59,14 @@ def kill_when(recipe: Path, there: Callable[[], bool]) -> set[int]:
     return family
 
 
-def test_a_compression_killed_at_three_moments_goes_on(reviews_csv: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+def test_a_compression_killed_at_three_moments_goes_on(
+    reviews_csv: Path, tiny_backbone: Path, storage: Path, tmp_path: Path
+) -> None:
     space = "{compression.layers: [0.5, 1.0], compression.form: [torch-fp32, onnxruntime-fp32]}"
     asked = f"trials: {CANDIDATES}, space: {space}, sampler: grid, limits: {{macro_f1_drop: 1.0}}"
-    text = recipe_text(reviews_csv, tiny_backbone, tmp_path / "runs", asked).replace("sampler: random, ", "")
+    text = recipe_text(reviews_csv, tiny_backbone, storage, asked).replace("sampler: random, ", "")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text.replace("trials: 4", "trials: 4, recovery: {epochs: 12}"))
-    storage = tmp_path / "runs"
 
     def found(pattern: str) -> list[Path]:
         return list(storage.glob(pattern))

@@ -30,8 +30,8 @@ def test_the_recipes_own_values_are_among_what_is_tried():
 def test_texts_are_cut_only_where_there_are_texts_and_enough_of_them():
     asked = "compression.max_tokens"
     assert asked not in usual_space(METHODS, FORMS, Compression(), 128)  # nobody says that it applies
-    assert usual_space(METHODS | {"max_tokens": ""}, FORMS, Compression(), 128)[asked].values == (64, None)
-    assert asked not in usual_space(METHODS | {"max_tokens": ""}, FORMS, Compression(), 24)
+    assert usual_space(METHODS | {"max_tokens": ""}, FORMS, Compression(), 128)[asked].values == (96, None)
+    assert asked not in usual_space(METHODS | {"max_tokens": ""}, FORMS, Compression(), 20)
 
 
 def test_the_first_points_are_the_forms_and_then_a_ladder_down():
@@ -46,7 +46,7 @@ def test_the_first_points_are_the_forms_and_then_a_ladder_down():
            "compression.recovery.epochs": 5, FORM: "torch-fp32"}  # fmt: skip
     points = first_points(space, own)
     assert points[:3] == [own | {FORM: form} for form in space[FORM].values]
-    ladder = points[3:6]  # what would be a little less of everything is nothing here
+    ladder = points[3:6]  # half of two values is the smaller one
     assert {point[FORM] for point in ladder} == {"onnxruntime-int8"}
     assert {point["compression.recovery.epochs"] for point in ladder} == {5}
     assert [point["compression.layers"] for point in ladder] == [1.0, 0.75, 0.5], "layers go last"

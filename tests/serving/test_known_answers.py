@@ -92,5 +92,12 @@ def test_a_busy_endpoint_is_asked_again_and_a_refusal_is_told(monkeypatch: pytes
         check_known_answers(url, "reviews", KNOWN, 32)
 
 
+@pytest.mark.parametrize("given", [{}, {"predictions": []}, {"predictions": [{"label": "good"}] * 32}, []])
+def test_what_is_no_prediction_is_said_to_be_none(given: Any) -> None:
+    told = "are no predictions of reviews"
+    with endpoint(lambda inputs: (200, given)) as url, pytest.raises(ServingFailed, match=told):
+        check_known_answers(url, "reviews", KNOWN, 32)
+
+
 def test_versions_without_known_answers_are_not_asked() -> None:
     check_known_answers("http://127.0.0.1:9", "reviews", [], 8)
