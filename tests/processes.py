@@ -1,5 +1,8 @@
-"""The processes of a command: found, and waited for."""
+"""The processes of a command: started, found, and waited for."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -32,3 +35,10 @@ def wait_for_end(pids: set[int], timeout_s: float) -> None:
     while left := [pid for pid in pids if is_running(pid)]:
         assert time.monotonic() < deadline, f"still there after {timeout_s:g} s: {left}"
         time.sleep(0.2)
+
+
+def start_command(verb: str, recipe: Path) -> subprocess.Popen[str]:
+    """``orchestrator VERB RECIPE --json`` of this clone, as a process of its own."""
+    command = [sys.executable, "-m", "orchestrator.cli", verb, str(recipe), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})  # fmt: skip

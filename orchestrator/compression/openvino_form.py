@@ -16,13 +16,17 @@ import numpy as np
 import torch
 
 from orchestrator.compression import onnx_form
-from orchestrator.compression.tracing import Batch, Traceable, first_that_agrees, quiet, traceable
+from orchestrator.compression.tracing import SAME, Batch, Traceable, first_that_agrees, quiet, traceable
 from orchestrator.models.backbones import Network
 from orchestrator.models.hardware import has_bf16
 from orchestrator.models.runtimes import OPENVINO_FILE, Answering, is_installed, needed, openvino_compiled
 
 _GROUP = 64
 """Weights that share a scale, in int4."""
+_COPIED_BYTES = 32_000_000
+"""Of weights, at most, where each length has a graph, and so weights, of its own."""
+_MOST_LENGTHS, _LENGTH_STEP = 4, 16
+_MASK = "attention_mask"
 
 Model = Any
 """An openvino.Model."""
@@ -67,7 +71,25 @@ def _write(
     with quiet(), torch.no_grad():
         model = quantised(_converted(traced), traced, batches)
         openvino.save_model(model, str(folder / OPENVINO_FILE), compress_to_fp16=half)
-    Answering("openvino", traced.classes, traced.names, traced.parameters, precision).write(folder)
+    weights = (folder / OPENVINO_FILE).with_suffix(".bin").stat().st_size
+    lengths, padding = _lengths(traced, batches) if traced.is_text and weights <= _COPIED_BYTES else ((), 0)
+    Answering("openvino", traced.classes, traced.names, traced.parameters, precision, lengths, padding).write(folder)
+
+
+def _lengths(traced: Traceable, batches: Sequence[Batch]) -> tuple[tuple[int, ...], int]:
+    """Of texts that come alone, and the token that fills them up; no lengths where nothing is padded, or padding tells."""
+    longest = max(batch[_MASK].shape[1] for batch in batches) if _MASK in traced.names else 0
+    padded = next((batch for batch in batches if longest and not bool(batch[_MASK].all())), None)
+    if padded is None:
+        return (), 0
+    row = int(padded[_MASK].sum(1).argmin())
+    tokens = int(padded[_MASK][row].sum())
+    alone = {name: padded[name][row : row + 1] for name in traced.names}
+    filled, bare = (traced.module(*(t[:, :end] for t in alone.values())) for end in (None, tokens))
+    if float((filled.softmax(1) - bare.softmax(1)).abs().max()) > SAME:
+        return (), 0
+    step = -(-longest // (_MOST_LENGTHS * _LENGTH_STEP)) * _LENGTH_STEP
+    return (*range(step, longest, step), longest), int(padded["input_ids"][row, -1])
 
 
 def _converted(traced: Traceable) -> Model:

@@ -20,7 +20,7 @@ _FORMS = ("openvino-int8", "onnxruntime-int8", "onnxruntime-int8-static", "openv
           "openvino-fp32", "onnxruntime-fp32", "torch-bf16", "torch-fp32")  # fmt: skip
 _MOST_FORMS = 6
 _LAYERS = "compression.layers"
-_RUNGS = ((0.5, 1.0), (0.0, 1.0), (0.0, 0.75), (0.0, 0.5))
+_RUNGS = ((0.5, 1.0), (0.0, 1.0), (0.0, 0.75))
 """How much is left of what can be taken out, and of the layers, in candidates that show how far it can go. A layer is missed
 most: half of the heads, or 85% of the vocabulary, can go from MiniLM without any recovery (docs/log.md)."""
 _RUNGS_IN = 2
@@ -46,22 +46,23 @@ def usual_space(
 
 
 def first_points(dimensions: Mapping[str, Dimension], own: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """What no sampler has to find out: the network as it is in each form, and a ladder, with less and less left of
-    everything, of the layers last, in the first forms of int8.
+    """What no sampler has to find out: the network as it is in the first forms of int8, in these a ladder with less and less
+    left of everything, of the layers last, and the network as it is in every other form.
 
     ``own``: the recipe's values, if all lie within their dimensions.
     """
     forms = dimensions[FORM].values if FORM in dimensions else ()
-    points = [{**own, FORM: form} for form in forms] if own else []
+    small = [form for form in forms if form.endswith("int8")][:_RUNGS_IN]
+    plain = [{**own, FORM: form} for form in sorted(forms, key=lambda form: form not in small)] if own else []
     shares = {path: _falling(path, d) for path, d in dimensions.items() if not path.startswith((FORM, _RECOVERY))}
     if not own or not shares or not all(shares.values()):
-        return points
+        return plain
     rungs = [
         {path: _left(values, layers if path == _LAYERS else others) for path, values in shares.items()}
         for others, layers in _RUNGS
     ]
-    for form in [form for form in forms if form.endswith("int8")][:_RUNGS_IN] or [None]:
-        points += [own | rung | ({FORM: form} if form else {}) for rung in rungs]
+    ladder = [own | rung | ({FORM: form} if form else {}) for form in small or [None] for rung in rungs]
+    points = plain[: len(small)] + ladder + plain[len(small) :]
     return [point for number, point in enumerate(points) if point not in points[:number]]
 
 

@@ -28,7 +28,7 @@ from orchestrator.models.reshaped import ReshapedNetwork
 Batch = Mapping[str, torch.Tensor]
 _EXAMPLE_ROWS = 3
 """An exporter takes a size of 1 for a constant."""
-_SAME = 1e-3
+SAME = 1e-3
 """Of a probability: more than another order of fp32 sums makes."""
 
 
@@ -152,7 +152,7 @@ def first_that_agrees(
             if is_last:
                 raise
             continue
-        if distance < _SAME:
+        if distance < SAME:
             return converted
         if is_last:
             raise CompressionFailed(

@@ -27,6 +27,7 @@ from orchestrator.models.program import move_constants, read_program
 
 ONNX_FILE = "model.onnx"
 OPENVINO_FILE = "model.xml"
+_TOKENS = "input_ids"
 EXTRAS: Mapping[str, str] = {
     "onnx": "compress", "onnxscript": "compress", "onnxruntime": "compress", "openvino": "openvino", "nncf": "openvino",
 }  # fmt: skip
@@ -45,13 +46,18 @@ class Answering:
     """Of the network it was made of."""
     precision: str = "fp32"
     """``bf16``: compute so what is neither int8 nor int4, where the hardware can; else all of that in fp32."""
+    lengths: tuple[int, ...] = ()
+    """Ascending: numbers of tokens that a text which comes alone is padded to, each with a graph of its own."""
+    padding: int = 0
+    """Token that it is padded with."""
 
     @classmethod
     def read(cls, folder: Path) -> Answering:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         try:
             return cls(config["library"], config["classes"], tuple(config["inputs"]), config["parameters"],
-                       config.get("precision", "fp32"))  # fmt: skip
+                       config.get("precision", "fp32"), tuple(config.get("lengths", ())),
+                       config.get("padding", 0))  # fmt: skip
         except (KeyError, TypeError) as error:
             raise IntegrityError(f"{folder / CONFIG} lacks {error}", "compress the model again") from None
 
@@ -95,25 +101,53 @@ class OnnxRuntimeNetwork(RuntimeNetwork):
 
 
 class OpenVinoNetwork(RuntimeNetwork):
-    """``model.xml`` and ``model.bin``, compiled by OpenVINO for the CPU."""
+    """``model.xml`` and ``model.bin``, compiled by OpenVINO for the CPU.
 
-    def __init__(self, answering: Answering, compiled: Any) -> None:
+    A batch whose shape is not that of the one before costs a small network more than its products do. So a text that comes
+    alone is padded to one of few lengths, whose graphs never see another shape.
+    """
+
+    def __init__(self, answering: Answering, compiled: Any, singles: Mapping[int, Any]) -> None:
+        """``singles``: for each of ``answering.lengths``, compiled for one text of so many tokens."""
         super().__init__(answering)
         self._request = compiled.create_infer_request()
+        self._singles = {tokens: one.create_infer_request() for tokens, one in singles.items()}
         self._lock = threading.Lock()
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         answering = Answering.read(folder)
         precision = "bf16" if answering.precision == "bf16" and has_bf16(torch.device("cpu")) else "f32"
-        return cls(answering, openvino_compiled(folder / OPENVINO_FILE, precision, torch.get_num_threads()))
+        file, threads = folder / OPENVINO_FILE, torch.get_num_threads()
+        singles = {n: openvino_compiled(_for_one(file, n), precision, threads) for n in answering.lengths}
+        return cls(answering, openvino_compiled(file, precision, threads), singles)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        arrays = _arrays(inputs, self.answering)
+        request, arrays = self._fitting(_arrays(inputs, self.answering))
         with self._lock:  # a request holds its own tensors
-            result = self._request.infer([arrays[name] for name in self.answering.inputs], share_inputs=True)
+            result = request.infer([arrays[name] for name in self.answering.inputs], share_inputs=True)
             logits = np.array(result[0], np.float32)
         return torch.from_numpy(logits).to(_device_of(inputs))
+
+    def _fitting(self, arrays: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
+        """Who answers these, and what it is given."""
+        rows, tokens = next(iter(arrays.values())).shape[:2]
+        length = next((n for n in self.answering.lengths if n >= tokens), None) if rows == 1 else None
+        if length is None:
+            return self._request, arrays
+        padded = {}
+        for name, array in arrays.items():
+            padded[name] = np.full((1, length), self.answering.padding if name == _TOKENS else 0, array.dtype)
+            padded[name][:, :tokens] = array
+        return self._singles[length], padded
+
+
+def _for_one(file: Path, tokens: int) -> Any:
+    """The openvino.Model in ``file``, for one text of so many tokens."""
+    openvino = needed("openvino")
+    model = openvino.Core().read_model(str(file))
+    model.reshape({port: openvino.PartialShape([1, tokens]) for port in model.inputs})
+    return model
 
 
 class ProgramNetwork(RuntimeNetwork):

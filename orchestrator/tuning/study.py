@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,34 +148,39 @@ class Study:
 
     def ask(self) -> Asked:
         """A new trial, its values chosen and written down."""
-        trial, point = self._drawn()
-        return self._written(trial, point)
-
-    def _drawn(self) -> tuple[optuna.Trial, Point]:
         self.inner.sampler = make_sampler(self.tuning, self.space, self.seed, len(self.trials()))
         trial = self.inner.ask()
-        return trial, self.space.draw(trial)
-
-    @staticmethod
-    def _written(trial: optuna.Trial, point: Point) -> Asked:
+        point = self.space.draw(trial)
         trial.set_user_attr(STARTED, time.time())
         trial.set_user_attr(POINT, point)
         return Asked(trial.number, point)
 
     def _ask_for_another(self) -> Asked | None:
-        """A point that no trial has had: the sampler's choice, or after some tries one at random. None: all were tried."""
+        """A point that no trial has had: one that waits, the sampler's choice, or after some tries one at random. None: all
+        were tried."""
+        if self.waiting():
+            return self.ask()
         tried = {_fixed(trial.user_attrs[POINT]) for trial in self.trials() if POINT in trial.user_attrs}
-        for _ in range(_TRIES):
-            trial, point = self._drawn()
-            if _fixed(point) not in tried:
-                return self._written(trial, point)
-            self.inner.tell(trial, state=TrialState.FAIL)  # without a point: nobody sees it
-        left = [point for point in self.space.grid() if _fixed(point) not in tried] if self.space.is_finite else []
-        if not left:
+        chosen = next((point for point in self._rehearsed() if _fixed(point) not in tried), None)
+        chosen = chosen or self._any_but(tried)
+        if chosen is None:
             return None
-        chosen = left[int(np.random.default_rng([self.seed, len(self.trials())]).integers(len(left)))]
         self.inner.enqueue_trial(self.space.encode(chosen))
         return self.ask()
+
+    def _rehearsed(self) -> Iterator[Point]:
+        """What the sampler chooses, some times over, in a copy of the study: here each choice would use up a number."""
+        copy, count = optuna.create_study(directions=self.inner.directions), len(self.trials())
+        copy.add_trials(self.trials())
+        for number in range(count, count + _TRIES):
+            copy.sampler = make_sampler(self.tuning, self.space, self.seed, number)
+            trial = copy.ask()
+            yield self.space.draw(trial)
+            copy.tell(trial, state=TrialState.FAIL)
+
+    def _any_but(self, tried: set[str]) -> Point | None:
+        left = [point for point in self.space.grid() if _fixed(point) not in tried] if self.space.is_finite else []
+        return left[int(np.random.default_rng([self.seed, len(self.trials())]).integers(len(left)))] if left else None
 
     def report(self, number: int, epoch: int, value: float) -> None:
         """An epoch's objective (0-based epoch). Written once: what a resumed trial says again is known."""

@@ -95,6 +95,7 @@ def test_a_recipe_without_the_section_says_how_to_add_one(
         Compressing(without, None).compress()
 
 
+@pytest.mark.slow
 def test_a_candidate_whose_process_dies_costs_that_candidate_alone(
     reviews_csv: Path, tiny_backbone: Path, storage: Path, ray_session: Session
 ) -> None:

@@ -107,6 +107,20 @@ def test_a_row_is_answered_the_same_beside_longer_ones(form: str, made: Made) ->
     assert np.abs(answers(found, shorter) - answers(found, together)).max() > 1e-3
 
 
+@pytest.mark.skipif("openvino-fp32" not in HERE, reason="needs openvino")
+def test_texts_that_come_alone_are_padded_where_padding_is_known_and_tells_nothing() -> None:
+    from orchestrator.compression.openvino_form import _lengths
+    from orchestrator.compression.tracing import traceable
+
+    padded = [texts(40, 35), texts(90, 70, 90)]
+    network = text_network()
+    assert _lengths(traceable(network, padded), padded) == ((32, 64, 90), 0)
+    assert _lengths(traceable(network, padded), [texts(30, 30)]) == ((), 0), "no token is seen to pad"
+    mean = traceable(network, padded)
+    mean.module.forward = lambda ids, mask: ids.float().mean(1, keepdim=True) * torch.tensor([[1e-3, -1e-3]])  # type: ignore[method-assign]
+    assert _lengths(mean, padded) == ((), 0), "its answers hang on the padding"
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("form", [name for name in HERE if "fp32" not in name])
 def test_fewer_bits_are_fewer_bytes(form: str, kind: str, made: Made) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +12,12 @@ from typing import Any
 
 import pytest
 from compressing import recipe_text
-from processes import descendants, wait_for_end
+from processes import descendants, start_command, wait_for_end
 
 from orchestrator.storage import RECORD, STUDIES_DATABASE, SURVEY
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).parent.parent.parent
 CANDIDATES = 4
-
-
-def start(recipe: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "orchestrator.cli", "compress", str(recipe), "--json"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
 
 
 def done(storage: Path) -> dict[int, dict[str, Any]]:
@@ -49,7 +39,7 @@ def done(storage: Path) -> dict[int, dict[str, Any]]:
 
 def kill_when(recipe: Path, there: Callable[[], bool]) -> set[int]:
     """SIGKILL to the command when this is so. Returns the processes it had."""
-    process = start(recipe)
+    process = start_command("compress", recipe)
     while not there():
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.05)
@@ -80,7 +70,7 @@ def test_a_compression_killed_at_three_moments_goes_on(
     before = done(storage)
     assert len(before) < CANDIDATES and not found(f"compress/*/{RECORD}"), "it was killed in the midst"
 
-    out, err = start(recipe).communicate(timeout=240)
+    out, err = start_command("compress", recipe).communicate(timeout=240)
     assert out, err[-3000:]
     record = json.loads(out.splitlines()[-1])
     assert (record["trials"], record["complete"], record["failed"]) == (CANDIDATES, CANDIDATES, 0)

@@ -102,6 +102,22 @@ def test_openvino_answers_several_threads_at_a_time(folders: dict[str, Path]) ->
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.skipif("openvino-fp32" not in HERE, reason="needs openvino")
+def test_a_text_that_comes_alone_is_padded_to_a_length_that_has_a_graph_of_its_own(folders: dict[str, Path]) -> None:
+    network = load_network(folders["openvino-fp32"])
+    assert isinstance(network, OpenVinoNetwork)
+    lengths = network.answering.lengths
+    assert lengths and set(network._singles) == set(lengths)
+    for tokens in (2, lengths[0], lengths[0] - 1, lengths[-1], lengths[-1] + 1):
+        alone = texts(tokens, seed=tokens, words=WORDS)
+        request, given = network._fitting({name: tensor.numpy() for name, tensor in alone.items()})
+        fits = tokens <= lengths[-1]
+        assert (request is not network._request) == fits
+        assert given["input_ids"].shape[1] == (min(n for n in lengths if n >= tokens) if fits else tokens)
+        together = {name: torch.cat([tensor, tensor]) for name, tensor in alone.items()}
+        torch.testing.assert_close(network(**alone), network(**together)[:1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_config_that_lacks_something_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"library": "onnxruntime", "classes": 2}))
     with pytest.raises(IntegrityError, match=r"config\.json lacks 'inputs'"):
@@ -109,6 +125,6 @@ def test_a_config_that_lacks_something_is_said(tmp_path: Path) -> None:
 
 
 def test_what_config_says_comes_back(tmp_path: Path) -> None:
-    said = Answering("openvino", 4, ("input_ids", "attention_mask"), 1234, "bf16")
+    said = Answering("openvino", 4, ("input_ids", "attention_mask"), 1234, "bf16", (16, 32), 7)
     said.write(tmp_path)
     assert Answering.read(tmp_path) == said

@@ -1,31 +1,22 @@
 """A study that is killed at any moment, and started again, ends as if it had not been."""
 
 import json
-import os
 import random
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from processes import descendants, wait_for_end
+from processes import descendants, start_command, wait_for_end
 from studying import Studying, recipe_text
 
 from orchestrator.records import TrialRecord
 from orchestrator.storage import STUDIES_DATABASE, sha256_file
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).parent.parent.parent
-TRIALS = 10
-
-
-def start(recipe: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "orchestrator.cli", "tune", str(recipe), "--json"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+TRIALS = 8
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -47,7 +38,7 @@ def begun(study: Studying) -> int:
 
 def end_when_begun(recipe: Path, trials: int, how: signal.Signals, study: Studying) -> set[int]:
     """A signal to the command at some moment after its trial of this number has begun. Returns the processes it had."""
-    process = start(recipe)
+    process = start_command("tune", recipe)
     while begun(study) < trials:
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.05)
@@ -82,12 +73,12 @@ def test_a_study_ended_at_three_moments_ends_as_the_one_nobody_touched(
         (tmp_path / f"{name}.yaml").write_text(text)
         studies[name] = Studying(text, None)
         studies[name].dataset()
-    records["whole"] = finish(start(tmp_path / "whole.yaml"))
+    records["whole"] = finish(start_command("tune", tmp_path / "whole.yaml"))
     families = [
         end_when_begun(tmp_path / "killed.yaml", at, how, studies["killed"])
         for at, how in ((2, signal.SIGKILL), (4, signal.SIGTERM), (6, signal.SIGKILL))
     ]
-    records["killed"] = finish(start(tmp_path / "killed.yaml"))
+    records["killed"] = finish(start_command("tune", tmp_path / "killed.yaml"))
     untouched, killed = (told(studies[name].trials()) for name in ("whole", "killed"))
     assert killed == untouched
     assert {state for _, state, *_ in untouched} == {"complete", "pruned"}, "the scheduler had a say"

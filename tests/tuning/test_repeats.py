@@ -22,12 +22,13 @@ FINITE = {"training.batch_size": [8, 16, 32], "training.epochs": {"int": [1, 2]}
 
 def test_each_point_of_a_small_space_is_tried_once_and_then_there_is_nothing_left(tmp_path: Path) -> None:
     mine = study(tmp_path, FINITE, repeats=False)
-    points = []
+    points, numbers = [], []
     while (asked := mine.following(20)) is not None:
         points.append(tuple(asked.point.values()))
+        numbers.append(asked.number)
         mine.tell(asked.number, Measured("complete", {"macro_f1": 0.5}))
     assert sorted(points) == [(batch, epochs) for batch in (8, 16, 32) for epochs in (1, 2)]
-    assert mine.counted() == 6
+    assert mine.counted() == 6 and numbers == list(range(6)), "what was chosen again has no number"
 
 
 def test_a_search_that_may_repeat_itself_does(tmp_path: Path) -> None:

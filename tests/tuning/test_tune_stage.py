@@ -207,7 +207,7 @@ def test_the_backbone_can_be_searched(
 def test_a_study_goes_on_until_its_time_is_over(
     reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
 ) -> None:
-    text = recipe_text(reviews_csv, tiny_backbone, tmp_path, "trials: 10000, time_budget_s: 20")
+    text = recipe_text(reviews_csv, tiny_backbone, tmp_path, "trials: 10000, time_budget_s: 10")
     started = time.monotonic()
     record = Studying(text, ray_session).tune()
     assert 2 <= record.trials < 10_000 and time.monotonic() - started < 120
