@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from orchestrator.compression.matrices import dense, is_transposed
+from orchestrator.compression.reshaping import Sample, without_kept
 from orchestrator.models.backbones import Network
 from orchestrator.models.reshaped import LowRank, library_logits
 
@@ -23,7 +23,7 @@ _STIFFNESS = 1e-3
 """Weight of the distance from the weights there were, in mean squares of the inputs: keeps what few rows say little about."""
 
 
-def refit(before: Network, smaller: Network, kept: Mapping[str, Sequence[int]], batches: Sequence[Any]) -> None:
+def refit(before: Network, smaller: Network, kept: Mapping[str, Sequence[int]], batches: Sequence[Sample]) -> None:
     """Change, in ``smaller``, the weights and biases of the matrices in ``kept``: path -> which of its inputs it still has.
 
     ``batches``: inputs of ``before``; none: all stays as it is.
@@ -65,7 +65,7 @@ def _moments(network: Network, paths: Sequence[str]) -> Iterator[dict[str, torch
 def _take_over(before: nn.Module, after: nn.Module, kept: Sequence[int], moments: torch.Tensor) -> None:
     """W' = W_kept + W_gone E[x_gone x_kept^T] (E[x_kept x_kept^T] + s I)^-1, of which the last column is the bias."""
     size = len(moments) - 1
-    gone = sorted(set(range(size)) - set(kept))
+    gone = without_kept(size, kept)
     if not gone:
         return
     own = [*kept, *([size] if getattr(after, "bias", None) is not None else [])]
