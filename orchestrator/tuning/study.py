@@ -30,6 +30,8 @@ _BUSY_TIMEOUT_S, _TRIES = 60.0, 8
 _BAD_REGION = ("out_of_memory", "diverged")
 """Failures that the values are to blame for: the sampler is to keep away from them."""
 _OBJECTIVES = "objectives"
+_FIXED = "fixed_params"
+"""Optuna's system attribute of a trial whose values are no longer the sampler's choice."""
 POINT, METRICS, LOCATION, ERROR, KIND, STARTED, SECONDS, DEFAULT, EPOCHS = (
     "point", "metrics", "location", "error", "kind", "started", "seconds", "default", "epochs",
 )  # fmt: skip
@@ -88,8 +90,8 @@ class Study:
         return sum(POINT in trial.user_attrs for trial in self.trials())
 
     def unfinished(self) -> list[Asked]:
-        """Trials that an earlier run of the study began and did not end, in order. A trial that was asked for and never got
-        its values is given up: nobody saw it."""
+        """Trials that an earlier run of the study began and did not end, in order. One that was asked for and did not get its
+        values gets those that it would have had."""
         left: list[Asked] = []
         for trial in self.trials():
             if trial.state is not TrialState.RUNNING:
@@ -98,8 +100,20 @@ class Study:
                 known = trial.user_attrs
                 left.append(Asked(trial.number, known[POINT], known.get(GENERATION, 0), known.get(PARENT)))
             else:
-                self.inner.tell(trial.number, state=TrialState.FAIL)
+                left.append(self._asked_for(trial))
         return left
+
+    def _asked_for(self, trial: FrozenTrial) -> Asked:
+        """The rest of ``ask``, for a trial that a kill came upon in the midst of it."""
+        self.inner.sampler = make_sampler(self.tuning, self.space, self.seed, trial.number)
+        # Some values may be there: the sampler begins once more where it began. A sequence that is kept in the study goes on
+        # instead, with one point less.
+        if _FIXED not in trial.system_attrs and self.tuning.sampler != "qmc":
+            copy = self._in_memory([known for known in self.trials() if known.number < trial.number])
+            copy.sampler = self.inner.sampler
+            values = self.space.encode(self.space.draw(copy.ask()))
+            self.storage.set_trial_system_attr(trial._trial_id, _FIXED, values)
+        return self._written(optuna.Trial(self.inner, trial._trial_id))
 
     def enqueue(self, points: Sequence[Point]) -> None:
         """Points to try before the sampler chooses; those that the study has already are left out."""
@@ -149,7 +163,9 @@ class Study:
     def ask(self) -> Asked:
         """A new trial, its values chosen and written down."""
         self.inner.sampler = make_sampler(self.tuning, self.space, self.seed, len(self.trials()))
-        trial = self.inner.ask()
+        return self._written(self.inner.ask())
+
+    def _written(self, trial: optuna.Trial) -> Asked:
         point = self.space.draw(trial)
         trial.set_user_attr(STARTED, time.time())
         trial.set_user_attr(POINT, point)
@@ -170,13 +186,18 @@ class Study:
 
     def _rehearsed(self) -> Iterator[Point]:
         """What the sampler chooses, some times over, in a copy of the study: here each choice would use up a number."""
-        copy, count = optuna.create_study(directions=self.inner.directions), len(self.trials())
-        copy.add_trials(self.trials())
+        copy, count = self._in_memory(self.trials()), len(self.trials())
         for number in range(count, count + _TRIES):
             copy.sampler = make_sampler(self.tuning, self.space, self.seed, number)
             trial = copy.ask()
             yield self.space.draw(trial)
             copy.tell(trial, state=TrialState.FAIL)
+
+    def _in_memory(self, trials: Sequence[FrozenTrial]) -> optuna.Study:
+        """In memory, for choices that nobody is to see. Points that wait are not in it."""
+        copy = optuna.create_study(directions=self.inner.directions)
+        copy.add_trials([trial for trial in trials if trial.state is not TrialState.WAITING])
+        return copy
 
     def _any_but(self, tried: set[str]) -> Point | None:
         left = [point for point in self.space.grid() if _fixed(point) not in tried] if self.space.is_finite else []
