@@ -70,7 +70,7 @@ def test_a_compression_killed_at_three_moments_goes_on(
     before = done(storage)
     assert len(before) < CANDIDATES and not found(f"compress/*/{RECORD}"), "it was killed in the midst"
 
-    out, err = start_command("compress", recipe).communicate(timeout=240)
+    out, err = start_command("compress", recipe).communicate(timeout=600)
     assert out, err[-3000:]
     record = json.loads(out.splitlines()[-1])
     assert (record["trials"], record["complete"], record["failed"]) == (CANDIDATES, CANDIDATES, 0)

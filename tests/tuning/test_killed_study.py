@@ -20,7 +20,7 @@ TRIALS = 8
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-3000:]
     record: dict[str, object] = json.loads(out.splitlines()[-1])
     return record
