@@ -192,13 +192,8 @@ class Student:
         sensitivity = Sensitivity.from_json(self.study.survey.sensitivity)
         if step:  # look anew at what matters in what is left
             sensitivity = replace(measure_sensitivity(model.network, batches), tokens=sensitivity.tokens)
-        smaller = reshape(
-            model.network,
-            part_of(self.structure, step, steps),
-            sensitivity,
-            batches[0][0],
-            [inputs for inputs, _ in batches],
-        )
+        structure, inputs = part_of(self.structure, step, steps), [inputs for inputs, _ in batches]
+        smaller = reshape(model.network, structure, sensitivity, inputs[0], inputs)
         with self.storage.publish(target) as folder:
             save_model(folder, smaller, encoder, model.labels, model.task)
 
