@@ -204,7 +204,7 @@ def run_contender(script: str, name: str, processes: int, job: Job, root: Path) 
 
 
 class PeakMemory:
-    """Largest sum of proportional set sizes of a process and all below it, looked at every three seconds: looking costs
+    """Largest sum of proportional set sizes of a process and all below it, looked at every ten seconds: looking costs
     time, of contenders with many processes most."""
 
     def __init__(self, pid: int) -> None:
@@ -213,7 +213,7 @@ class PeakMemory:
         self.thread.start()
 
     def _watch(self) -> None:
-        while not self.stopped.wait(3.0):
+        while not self.stopped.wait(10.0):
             self.peak_bytes = max(self.peak_bytes, sum(self._sizes()))
 
     def _sizes(self) -> Iterator[int]:

@@ -139,7 +139,10 @@ def _attention_with_dropout(
     """[batch, heads, queries, width] as the three matrices have it, step by step."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if visible is not None:
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        # Added, not filled in: that is vectorised, and its backward pass is nothing.
+        scores = scores + torch.zeros_like(visible, dtype=scores.dtype).masked_fill(
+            ~visible, torch.finfo(scores.dtype).min
+        )
     weights = dropout(scores.softmax(-1).to(value.dtype), probability, training=True)
     return weights @ value
 

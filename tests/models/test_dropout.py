@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orchestrator.models.dropout import dropout
+from orchestrator.models.dropout import draw_kept, dropout
 
 
 @pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.9])
@@ -18,11 +18,11 @@ def test_the_asked_share_is_dropped_and_the_rest_scaled(probability: float, shap
 
 
 def test_neighbours_are_dropped_independently() -> None:
-    """Four values come from one random word."""
+    """Eight values come from one random word."""
     torch.manual_seed(0)
-    mask = (dropout(torch.ones(400_000), 0.3, training=True) == 0).double().view(-1, 4)
+    mask = (dropout(torch.ones(400_000), 0.3, training=True) == 0).double().view(-1, 8)
     correlation = torch.corrcoef(mask.T)
-    assert (correlation - torch.eye(4, dtype=torch.float64)).abs().max() < 0.02
+    assert (correlation - torch.eye(8, dtype=torch.float64)).abs().max() < 0.02
 
 
 def test_the_gradient_is_that_of_the_same_mask() -> None:
@@ -46,3 +46,20 @@ def test_almost_everything_can_be_dropped() -> None:
 
 def test_half_precision_stays_half_precision() -> None:
     assert dropout(torch.ones(64, dtype=torch.bfloat16), 0.5, training=True).dtype == torch.bfloat16
+
+
+def test_a_share_between_two_steps_of_a_byte_is_met() -> None:
+    """0.3 is 76.8 of 256: blocks are compared with 76 or 77."""
+    torch.manual_seed(0)
+    kept, gain = draw_kept(torch.Size((4096, 256)), 0.3)
+    shares = 1 - kept.double().mean(1)
+    assert shares.mean().item() == pytest.approx(0.3, abs=2e-3) and gain == pytest.approx(1 / 0.7)
+    assert kept.dtype is torch.int8 and set(kept.unique().tolist()) == {0, 1}
+
+
+def test_the_seed_is_torchs_generators() -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first, second = (draw_kept(torch.Size((300,)), 0.5)[0] for _ in range(2))
+    torch.set_rng_state(state)
+    assert torch.equal(draw_kept(torch.Size((300,)), 0.5)[0], first) and not torch.equal(first, second)
