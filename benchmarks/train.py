@@ -20,7 +20,7 @@ from contest import BATCH, SEED, Contenders, Contest, Job, Result, enter, fastes
 from orchestrator.data.dataset import Split
 from orchestrator.models.hardware import has_bf16
 
-MAX_TOKENS, RATE, DECAY, WARMUP = 128, 5e-5, 0.01, 0.06
+MAX_TOKENS, RATE, DECAY, WARMUP = 128, 3e-4, 0.01, 0.06
 FLOPS_PER_WEIGHT = 6
 """Of a training step, per weight and token: 2 forward, 4 backward."""
 
