@@ -33,7 +33,8 @@ stop: $(STAMP) ## take the demo's endpoint down
 	$(BIN)/orchestrator serve jobs/recipes/reviews.yaml --stop
 
 test: $(STAMP) ## the tests, without those marked slow
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto -m "not ray and not slow and not gpu"
+	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
 
 check: $(STAMP) ## formatting, lint, types and the import stairs
 	$(BIN)/ruff format --check .

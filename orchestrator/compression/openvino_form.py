@@ -23,9 +23,9 @@ from orchestrator.models.runtimes import OPENVINO_FILE, Answering, is_installed,
 
 _GROUP = 64
 """Weights that share a scale, in int4."""
-_COPIED_BYTES = 32_000_000
+_COPIED_BYTES = 128_000_000
 """Of weights, at most, where each length has a graph, and so weights, of its own."""
-_MOST_LENGTHS, _LENGTH_STEP = 4, 16
+_FEWEST_LENGTHS, _MOST_LENGTHS, _LENGTH_STEP = 4, 8, 16
 _MASK = "attention_mask"
 
 Model = Any
@@ -72,11 +72,13 @@ def _write(
         model = quantised(_converted(traced), traced, batches)
         openvino.save_model(model, str(folder / OPENVINO_FILE), compress_to_fp16=half)
     weights = (folder / OPENVINO_FILE).with_suffix(".bin").stat().st_size
-    lengths, padding = _lengths(traced, batches) if traced.is_text and weights <= _COPIED_BYTES else ((), 0)
+    copies = min(_MOST_LENGTHS, _COPIED_BYTES // weights)
+    is_for_lengths = traced.is_text and copies >= _FEWEST_LENGTHS
+    lengths, padding = _lengths(traced, batches, copies) if is_for_lengths else ((), 0)
     Answering("openvino", traced.classes, traced.names, traced.parameters, precision, lengths, padding).write(folder)
 
 
-def _lengths(traced: Traceable, batches: Sequence[Batch]) -> tuple[tuple[int, ...], int]:
+def _lengths(traced: Traceable, batches: Sequence[Batch], most: int) -> tuple[tuple[int, ...], int]:
     """Of texts that come alone, and the token that fills them up; no lengths where nothing is padded, or padding tells."""
     longest = max(batch[_MASK].shape[1] for batch in batches) if _MASK in traced.names else 0
     padded = next((batch for batch in batches if longest and not bool(batch[_MASK].all())), None)
@@ -88,7 +90,7 @@ def _lengths(traced: Traceable, batches: Sequence[Batch]) -> tuple[tuple[int, ..
     filled, bare = (traced.module(*(t[:, :end] for t in alone.values())) for end in (None, tokens))
     if float((filled.softmax(1) - bare.softmax(1)).abs().max()) > SAME:
         return (), 0
-    step = -(-longest // (_MOST_LENGTHS * _LENGTH_STEP)) * _LENGTH_STEP
+    step = -(-longest // (most * _LENGTH_STEP)) * _LENGTH_STEP
     return (*range(step, longest, step), longest), int(padded["input_ids"][row, -1])
 
 
