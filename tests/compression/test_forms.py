@@ -114,11 +114,12 @@ def test_texts_that_come_alone_are_padded_where_padding_is_known_and_tells_nothi
 
     padded = [texts(40, 35), texts(90, 70, 90)]
     network = text_network()
-    assert _lengths(traceable(network, padded), padded) == ((32, 64, 90), 0)
-    assert _lengths(traceable(network, padded), [texts(30, 30)]) == ((), 0), "no token is seen to pad"
+    assert _lengths(traceable(network, padded), padded, 4) == ((32, 64, 90), 0)
+    assert _lengths(traceable(network, padded), padded, 8) == ((16, 32, 48, 64, 80, 90), 0)
+    assert _lengths(traceable(network, padded), [texts(30, 30)], 8) == ((), 0), "no token is seen to pad"
     mean = traceable(network, padded)
     mean.module.forward = lambda ids, mask: ids.float().mean(1, keepdim=True) * torch.tensor([[1e-3, -1e-3]])  # type: ignore[method-assign]
-    assert _lengths(mean, padded) == ((), 0), "its answers hang on the padding"
+    assert _lengths(mean, padded, 8) == ((), 0), "its answers hang on the padding"
 
 
 @pytest.mark.parametrize("kind", MAKERS)
