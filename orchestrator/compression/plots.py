@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from orchestrator.page import COLORS, FAINT, figure, svg
 from orchestrator.records import TrialRecord
@@ -42,6 +42,7 @@ def trade_off(
                          label="chosen", zorder=5)  # fmt: skip
         _limits(axes, least_quality, most_cost)
         axes.set(xscale="log", xlabel=_UNITS.get(cost, cost), ylabel="macro-F1 on validation")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # costs seldom span a decade
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
