@@ -20,6 +20,7 @@ from cycler import cycler
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 INK, FAINT, CARD = "#010203", "#040506", "#070809"
 """Stand-ins in matplotlib's output for the page's own colours, which follow light and dark mode."""
@@ -63,6 +64,14 @@ def svg(figure: Figure) -> str:
     text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*"', r"\1\2", text, count=1)
     prefix = f"p{zlib.crc32(text.encode()):x}-"  # ids must not collide with those of the page's other plots
     return re.sub(r'(id="|xlink:href="#|url\(#)', lambda match: match.group(1) + prefix, text)
+
+
+def log_axis(axes: Axes) -> None:
+    """A logarithmic x axis that can be read where the values span less than a decade."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def short(name: str) -> str:

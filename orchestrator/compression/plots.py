@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from orchestrator.page import COLORS, FAINT, figure, svg
+from orchestrator.page import COLORS, FAINT, figure, log_axis, svg
 from orchestrator.records import TrialRecord
 
 _FRONT, _CHOSEN, _PARENT, _LIMIT = COLORS[2], COLORS[1], COLORS[0], COLORS[5]
@@ -41,10 +40,8 @@ def trade_off(
             axes.scatter([trial.metrics[cost]], [trial.metrics["macro_f1"]], marker="*", s=150, color=_CHOSEN,
                          label="chosen", zorder=5)  # fmt: skip
         _limits(axes, least_quality, most_cost)
-        axes.set(xscale="log", xlabel=_UNITS.get(cost, cost), ylabel="macro-F1 on validation")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # costs seldom span a decade
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        log_axis(axes)
+        axes.set(xlabel=_UNITS.get(cost, cost), ylabel="macro-F1 on validation")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
         return svg(drawn)
 

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from orchestrator.page import CARD, COLORS, FAINT, figure, short, svg
+from orchestrator.page import CARD, COLORS, FAINT, figure, log_axis, short, svg
 from orchestrator.recipe_tuning import Bound, Metric
 from orchestrator.records import TrialRecord
 from orchestrator.tuning.outcome import candidates, is_inside
@@ -113,9 +113,7 @@ def slice_of(parameter: Parameter, trials: Sequence[TrialRecord], objective: str
                             rotation=0 if len(scale.choices) < 4 else 30)  # fmt: skip
             axes.set_xlim(-0.6, len(scale.choices) - 0.4)
         elif scale.is_log:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            log_axis(axes)
         axes.set(xlabel=_field(parameter.path), ylabel=objective)
         return svg(drawn)
 
