@@ -22,6 +22,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+_WIDE = 50
+"""From here on the powers of ten are enough to read a logarithmic axis by."""
+
 INK, FAINT, CARD = "#010203", "#040506", "#070809"
 """Stand-ins in matplotlib's output for the page's own colours, which follow light and dark mode."""
 COLORS = ("#3b6fd4", "#d9663b", "#2f9e6e", "#a457c7", "#c79a1e", "#d1477a", "#3aa3b5", "#7a6a58", "#6c78e0", "#8aa32f")
@@ -67,9 +70,10 @@ def svg(figure: Figure) -> str:
 
 
 def log_axis(axes: Axes) -> None:
-    """A logarithmic x axis that can be read where the values span less than a decade."""
+    """A logarithmic x axis that can be read also where what is drawn by now spans less than a decade."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.dataLim.intervalx
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _WIDE * low else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 

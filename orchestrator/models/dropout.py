@@ -2,7 +2,7 @@
 
 In: a tensor and a probability. Out: the tensor with that share of its values zeroed and the others scaled up. torch draws
 one random number for each value, one after the other; here one draw of 64 bits serves eight values, from a generator that
-is three times as fast, and comparing them is vectorised.
+is twice as fast, and comparing them is vectorised.
 """
 
 from __future__ import annotations
