@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from orchestrator.compression.survey import Survey, folder_of_base
 from orchestrator.data.text import TextEncoder
 from orchestrator.errors import DiskFull, OrchestratorError
 from orchestrator.models.checkpoint import count_parameters, load_model, save_model, save_surroundings
+from orchestrator.models.reshaped import no_dropout
 from orchestrator.progress import ignore
 from orchestrator.recipe import Distillation, Recipe
 from orchestrator.recipe_compression import Compression
@@ -109,7 +111,7 @@ def settings_of(recipe: Recipe) -> Compression:
 def structure_of(settings: Compression) -> Structure:
     return Structure(
         settings.layers, settings.heads, settings.units, settings.filters, settings.vocabulary, settings.rank,
-        settings.sparsity,
+        settings.sparsity, settings.tokens,
     )  # fmt: skip
 
 
@@ -194,6 +196,8 @@ class Student:
             sensitivity = replace(measure_sensitivity(model.network, batches), tokens=sensitivity.tokens)
         structure, inputs = part_of(self.structure, step, steps), [inputs for inputs, _ in batches]
         smaller = reshape(model.network, structure, sensitivity, inputs[0], inputs)
+        if self.recovery.distillation or self.recovery.hidden:
+            no_dropout(smaller)
         with self.storage.publish(target) as folder:
             save_model(folder, smaller, encoder, model.labels, model.task)
 
@@ -211,7 +215,9 @@ class Student:
         """The parent's recipe, for this step's share of the epochs."""
         own, asked = self.recipe.training, self.recovery
         epochs = asked.epochs * (step + 1) // steps - asked.epochs * step // steps
-        distillation = Distillation(weight=asked.distillation, temperature=asked.temperature, hidden=asked.hidden)
+        distillation = Distillation(
+            weight=asked.distillation, temperature=asked.temperature, hidden=asked.hidden, altered=asked.altered
+        )
         changed = {
             "epochs": max(1, epochs), "learning_rate": asked.learning_rate or own.learning_rate,
             "distillation": distillation if asked.distillation or asked.hidden else None,
@@ -237,5 +243,7 @@ def part_of(structure: Structure, step: int, steps: int) -> Structure:
         now, before = (1.0 - (1.0 - share) * done / steps for done in (step + 1, step))
         return now / before
 
-    shares = {name: kept(value) for name, value in vars(structure).items() if name != "sparsity"}
+    shares: dict[str, Any] = {
+        name: kept(value) for name, value in vars(structure).items() if name not in {"sparsity", "tokens"}
+    }
     return replace(structure, **shares, sparsity=structure.sparsity * (step + 1) / steps)

@@ -47,6 +47,7 @@ from orchestrator.storage import (
     sha256_json,
     stage_location,
 )
+from orchestrator.tasks import TASKS
 from orchestrator.training.placement import Placement, place_runs
 from orchestrator.training.stage import WITHOUT_EFFECT
 from orchestrator.tuning import outcome
@@ -177,7 +178,7 @@ class _Sweep:
 
     def _space(self) -> Space:
         """Raises RecipeError where a method that is asked for does not apply."""
-        methods = self.survey.methods
+        methods = self.survey.methods | self._not_with_this_training()
         usual = usual_space(methods, self.stage.forms, self.settings, self.recipe.model.max_tokens)
         space = Space(self.recipe, self.settings.space or usual, "compression")
         searched = {p.path.removeprefix("compression.") for p in space.parameters}
@@ -188,6 +189,12 @@ class _Sweep:
             if why:
                 self.report(Event("compress", message=f"no {method}: {why}"))
         return space
+
+    def _not_with_this_training(self) -> dict[str, str]:
+        """Method -> why students could not be trained on."""
+        if self.survey.methods.get("tokens", "unknown") or not self.recipe.training.gradient_checkpointing:
+            return {}
+        return {"tokens": "training.gradient_checkpointing needs the library's forward pass, which reads all tokens"}
 
     def _first_points(self) -> list[Point]:
         dimensions = {p.path: p.dimension for p in self.space.parameters}
@@ -239,7 +246,8 @@ class _Sweep:
         recovery, training, path = self.settings.recovery, self.recipe.training, "compression.recovery."
         searched = {p.path.removeprefix(path) for p in self.space.parameters if p.path.startswith(path)}
         taught = (recovery.epochs and recovery.distillation) or searched & {"epochs", "distillation"}
-        if recovery.hidden and "hidden" not in searched:
+        altered = recovery.altered and "altered" not in searched and TASKS[self.recipe.task].input_kind == "text"
+        if (recovery.hidden and "hidden" not in searched) or altered:
             return None  # students have it beside them anyway
         students = has_student(self.settings) or any(p.path != FORM for p in self.space.parameters)
         if not taught or not students or training.mixup or training.augmentation != Augmentation():

@@ -186,6 +186,9 @@ class Distillation(Section):
     """What the logits of both are divided by: the higher, the more the teacher's unlikely classes count."""
     hidden: float = Field(default=0.0, ge=0.0, le=1000.0)
     """Weight of what the hidden states of both differ in, layer by layer, added to the loss. 0 is none, 1 is usual."""
+    altered: Fraction = 0.0
+    """Share of the texts that are altered anew in each epoch, with tokens and halves of others; of these the teacher alone
+    says what they are. A student learns longer before it learns by heart."""
 
 
 class Workers(Section):

@@ -64,6 +64,9 @@ class Recovery(Section):
     hidden: float = Field(default=10.0, ge=0.0, le=100.0)
     """Weight of the distance between hidden states of student and teacher: on few rows it keeps what the labels alone would
     have forgotten. 0: the answers alone, which are then asked once for all candidates."""
+    altered: Fraction = 0.75
+    """Share of the texts that are altered anew in each epoch, with tokens and halves of others, for the teacher to answer: what
+    keeps the student from learning few rows by heart."""
     fake_int8: bool = False
     """Quantisation-aware training: compute with weights and activations rounded as int8 would."""
 
@@ -110,6 +113,9 @@ class Compression(Section):
     tokenizer stays as it is; a rare token reads the row of the one that is most like it."""
     max_tokens: int | None = Field(default=None, ge=4, le=8192)
     """Cut texts to this many tokens. None: as the uncompressed model does."""
+    tokens: int | None = Field(default=None, ge=1, le=8192)
+    """How many tokens of a text reach the last layer, at most: each layer passes on those that its attention looked at most,
+    eight times as many in the second layer. None: all."""
     rank: Share = 1.0
     """Linear layers as products of two thinner ones: share of the rank at which both cost as much as the one; 1: as they
     are."""
@@ -131,4 +137,8 @@ class Compression(Section):
             raise ValueError("space is empty: name fields to search, or leave it out for what the architecture allows")
         if self.recovery.fake_int8 and self.recovery.epochs == 0:
             raise ValueError("recovery.fake_int8 is a way of training: give recovery.epochs, or leave it out")
+        if self.recovery.fake_int8 and self.tokens is not None:
+            raise ValueError(
+                "recovery.fake_int8 rounds in the library's modules, which read all tokens: leave tokens out"
+            )
         return self

@@ -18,6 +18,7 @@ from orchestrator.compression.ranking import keep_best
 from orchestrator.compression.refit import refit
 from orchestrator.compression.reshaping import Reshaping, Sample, without, without_kept
 from orchestrator.compression.sensitivity import Sensitivity
+from orchestrator.compression.tokens import work
 from orchestrator.errors import CompressionFailed
 from orchestrator.models.backbones import Network
 
@@ -44,7 +45,7 @@ def apply(state: Reshaping, share: float, sample: Sample) -> Reshaping:
         scores = {attention.name: state.sensitivity.heads[attention.name] for attention in found}
     except KeyError as error:
         raise CompressionFailed(f"the sensitivity does not know the attention {error}", "measure it again") from None
-    kept = keep_best(scores, share, lambda heads: 1)
+    kept = keep_best(scores, share, lambda heads: 1, work(state, list(scores), sample, after=False))
     if all(len(kept[attention.name]) == attention.heads for attention in found):
         return state
 

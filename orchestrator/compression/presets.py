@@ -27,6 +27,8 @@ _RUNGS_IN = 2
 """Forms."""
 _SHORTEST = 16
 """Tokens that texts are cut to, at least."""
+_LAST_TOKENS, _FEWEST_LAST = 8, 4
+"""One token of so many reaches the last layer, and at least so many do."""
 
 
 def usual_space(
@@ -40,6 +42,8 @@ def usual_space(
     }
     if not methods.get("max_tokens", "unknown") and max_tokens * 3 // 4 >= _SHORTEST:
         space["compression.max_tokens"] = {"choice": list(dict.fromkeys((max_tokens * 3 // 4, settings.max_tokens)))}
+    if not methods.get("tokens", "unknown") and max_tokens // _LAST_TOKENS >= _FEWEST_LAST:
+        space["compression.tokens"] = {"choice": list(dict.fromkeys((max_tokens // _LAST_TOKENS, settings.tokens)))}
     here = [form for form in _FORMS if not forms[form]][:_MOST_FORMS]
     space[FORM] = {"choice": list(dict.fromkeys((*here, settings.form)))}
     return {path: Dimension.model_validate(dimension) for path, dimension in space.items()}

@@ -9,18 +9,32 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 
-def keep_best(scores: Mapping[str, Sequence[float]], share: float, least: Callable[[int], int]) -> dict[str, list[int]]:
+def keep_best(
+    scores: Mapping[str, Sequence[float]],
+    share: float,
+    least: Callable[[int], int],
+    work: Mapping[str, float] | None = None,
+) -> dict[str, list[int]]:
     """Place -> positions that stay, ascending: ``share`` of all parts, those with the highest scores.
 
-    ``least``: how many stay in a place with so many, whatever they score.
+    ``least``: how many stay in a place with so many, whatever they score. ``work``: what a part costs in each place; then
+    ``share`` is that of the cost, and the highest scores for it stay.
     """
+    work = work or dict.fromkeys(scores, 1.0)
     ranked = {place: _ranked(values) for place, values in scores.items()}
     kept = {place: set(positions[: least(len(positions))]) for place, positions in ranked.items()}
-    room = round(share * sum(map(len, ranked.values()))) - sum(map(len, kept.values()))
+    room = share * sum(work[place] * len(positions) for place, positions in ranked.items())
+    room -= sum(work[place] * len(positions) for place, positions in kept.items())
     others = [
-        (-scores[place][p], place, p) for place, positions in ranked.items() for p in positions if p not in kept[place]
+        (-scores[place][p] / work[place], place, p)
+        for place, positions in ranked.items()
+        for p in positions
+        if p not in kept[place]
     ]
-    for _, place, position in sorted(others)[: max(0, room)]:
+    for _, place, position in sorted(others):
+        room -= work[place]
+        if room < -work[place] / 2:  # to the nearest
+            break
         kept[place].add(position)
     return {place: sorted(positions) for place, positions in kept.items()}
 

@@ -37,6 +37,8 @@ class Reshaping:
     """Inputs by which what stays takes over the work of what goes; none: weights stay as they were."""
     layers: dict[str, list[int]] = field(default_factory=dict)
     """Row -> positions, in the row at the start, of the layers that are left."""
+    tokens: int | None = None
+    """How many tokens of a text will reach the last layer, at most; None: all."""
 
 
 def answers(network: Network, sample: Sample) -> torch.Tensor:

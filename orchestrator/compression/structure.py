@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from orchestrator.compression import filters, heads, layers, low_rank, sparsity, units, vocabulary
+from orchestrator.compression import filters, heads, layers, low_rank, sparsity, tokens, units, vocabulary
 from orchestrator.compression.reshaping import TOLERANCE, Reshaping, Sample, answers, first_line
 from orchestrator.compression.sensitivity import Sensitivity
 from orchestrator.errors import CompressionFailed, OrchestratorError
-from orchestrator.models.backbones import Network
+from orchestrator.models.backbones import Network, TransformersNetwork
 from orchestrator.models.reshaped import ReshapedNetwork, base_of
 
 _PROOF_ROWS = 4
-_TRIAL = 0.5
-"""Share with which a method is tried on an architecture."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,18 @@ class Structure:
     """Linear layers as two, with this share of the rank at which both cost the same as one."""
     sparsity: float = 0.0
     """Share of the weights of linear and convolution layers that is set to ZERO. It brings no speed."""
+    tokens: int | None = None
+    """How many tokens of a text reach the last layer, at most."""
 
 
 @dataclass(frozen=True)
 class Method:
-    apply: Callable[[Reshaping, float, Sample], Reshaping]
+    apply: Callable[[Reshaping, Any, Sample], Reshaping]
     made_up: Callable[[Network, Sample], Sensitivity]
     """What ``apply`` reads, for a trial."""
-    untouched: float = 1.0
+    untouched: float | None = 1.0
+    trial: float = 0.5
+    """Value with which the method is tried on an architecture."""
 
 
 METHODS: Mapping[str, Method] = {
@@ -60,8 +63,9 @@ METHODS: Mapping[str, Method] = {
     "vocabulary": Method(vocabulary.apply, vocabulary.made_up),
     "rank": Method(low_rank.apply, low_rank.made_up),
     "sparsity": Method(sparsity.apply, sparsity.made_up, untouched=0.0),
+    "tokens": Method(tokens.apply, tokens.made_up, untouched=None, trial=8),
 }
-"""Field of ``Structure`` -> how. In this order: what goes first needs not be ranked or factored."""
+"""Field of ``Structure`` -> how. In this order: what goes first needs not be ranked or factored, and each sees all tokens."""
 
 
 def methods_of(network: Network, sample: Sample) -> dict[str, str]:
@@ -91,9 +95,11 @@ def reshape(
         RecipeError: a package is missing.
     """
     base_of(network)
-    start = _inner(network)
+    start, before = _with_all_tokens(_inner(network))
+    if structure.tokens is None and before:
+        structure = replace(structure, tokens=before)
     few = {name: tensor[:_PROOF_ROWS] for name, tensor in sample.items()}
-    state = Reshaping(start, sensitivity, batches)
+    state = Reshaping(start, sensitivity, batches, tokens=structure.tokens)
     for field, method in METHODS.items():
         if (value := getattr(structure, field)) != method.untouched:
             try:
@@ -102,7 +108,7 @@ def reshape(
                 raise CompressionFailed(
                     f"compression.{field} is {value}, but {error.message}", error.next_step
                 ) from None
-    if state.network is start:
+    if structure == Structure():
         return copy.deepcopy(network)
     result = ReshapedNetwork.of(network, state.network, state.layers, sparse=structure.sparsity > 0.0)
     _check_fast_path(result, few)
@@ -113,10 +119,19 @@ def _inner(network: Network) -> Network:
     return network.inner if isinstance(network, ReshapedNetwork) else network
 
 
+def _with_all_tokens(network: Network) -> tuple[Network, int | None]:
+    """The network in which every layer reads every token, and how many reach the last layer of the given one if not all."""
+    if not isinstance(network, TransformersNetwork) or not network.kept_tokens:
+        return network, None
+    whole = copy.deepcopy(network)
+    whole.kept_tokens = ()
+    return whole, network.kept_tokens[-2]
+
+
 def _why_not(method: Method, network: Network, sample: Sample) -> str:
     try:
         before = Reshaping(network, method.made_up(network, sample))
-        after = method.apply(before, _TRIAL, sample)
+        after = method.apply(before, method.trial, sample)
     except OrchestratorError as error:
         return error.message
     except Exception as error:  # noqa: BLE001  an architecture that nobody has seen may fail anywhere
@@ -126,11 +141,12 @@ def _why_not(method: Method, network: Network, sample: Sample) -> str:
 
 def _check_fast_path(network: ReshapedNetwork, sample: Sample) -> None:
     """What serves and trains has to answer as the library's modules do."""
+    whole, _ = _with_all_tokens(network.inner)
     device, training = next(network.parameters()).device, network.training
-    network.eval()
+    whole.eval()
     with torch.no_grad():
-        ours = network(**{name: tensor.to(device) for name, tensor in sample.items()}).float()
-    network.train(training)
+        ours = whole(**{name: tensor.to(device) for name, tensor in sample.items()}).float()
+    whole.train(training)
     theirs = answers(network, sample)
     if float((ours - theirs).abs().max()) > TOLERANCE * max(1.0, float(theirs.abs().max())):
         raise CompressionFailed("the fast forward pass does not answer as the library does", "report the architecture")

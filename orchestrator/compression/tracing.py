@@ -104,15 +104,15 @@ class _TracedTransformers(nn.Module):
     what they recognise and fuse in the library's own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, network: TransformersNetwork) -> None:
         super().__init__()
-        self.model = model
-        self.is_supported = post_norm.is_supported(model)  # while tracing, no weight looks as it should
+        self.model, self.kept = network.model, network.kept_tokens
+        self.is_supported = post_norm.is_supported(network.model)  # while tracing, no weight looks as it should
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         if self.is_supported and inputs.keys() == {"input_ids", "attention_mask"}:
             masked: torch.Tensor = _Masked(inputs["attention_mask"])  # type: ignore[assignment]
-            return post_norm.forward(self.model, inputs["input_ids"], masked)
+            return post_norm.forward(self.model, inputs["input_ids"], masked, self.kept)
         logits: torch.Tensor = self.model(**inputs).logits
         return logits
 
@@ -122,7 +122,7 @@ def _for_tracing(module: nn.Module) -> nn.Module:
     if isinstance(module, ReshapedNetwork):
         return _for_tracing(module.inner)
     if type(module) is TransformersNetwork:
-        return _TracedTransformers(module.model)
+        return _TracedTransformers(module)
     for name, child in list(module.named_children()):
         setattr(module, name, _for_tracing(child))
     return module

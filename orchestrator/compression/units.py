@@ -15,6 +15,7 @@ from orchestrator.compression.ranking import keep_best, rounded
 from orchestrator.compression.refit import refit
 from orchestrator.compression.reshaping import Reshaping, Sample, without, without_kept
 from orchestrator.compression.sensitivity import Sensitivity
+from orchestrator.compression.tokens import work
 from orchestrator.errors import CompressionFailed
 from orchestrator.models.backbones import Network
 
@@ -34,7 +35,9 @@ def apply(state: Reshaping, share: float, sample: Sample) -> Reshaping:
         scores = {pair.down: state.sensitivity.units[pair.down] for pair in pairs}
     except KeyError as error:
         raise CompressionFailed(f"the sensitivity does not know the matrix {error}", "measure it again") from None
-    best = keep_best(scores, share, lambda units: math.ceil(units * _LEAST))
+    best = keep_best(
+        scores, share, lambda units: math.ceil(units * _LEAST), work(state, list(scores), sample, after=True)
+    )
     kept = rounded(best, scores, MULTIPLE)
     if all(len(kept[pair.down]) == pair.units for pair in pairs):
         return state

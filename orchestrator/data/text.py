@@ -90,9 +90,13 @@ class TextEncoder:
         mask = np.arange(width) < lengths[:, None]
         if (whole > lengths).any():
             tokens = tokens[self._places(whole, lengths, width)[mask]]
-        ids = np.full(mask.shape, self.tokenizer.pad_token_id or 0, np.int64)
+        ids = np.full(mask.shape, self._padding, np.int64)
         ids[mask] = tokens
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+    @cached_property
+    def _padding(self) -> int:
+        return self.tokenizer.pad_token_id or 0  # looked up by its text each time
 
     def _places(self, whole: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
         """Where the tokens of rows that are cut stand in all rows' tokens, [rows, width]: as the tokenizer cuts, the text's

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from orchestrator.data.torchvision_ops import ensure_torchvision
-from orchestrator.errors import BackboneError, IntegrityError, RecipeError
+from orchestrator.errors import BackboneError, CompressionFailed, IntegrityError, RecipeError
 from orchestrator.models import post_norm
 from orchestrator.models.ensemble import log_mean_probabilities
 from orchestrator.models.recomputing import recompute_sequences
@@ -31,6 +31,18 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "dropout",
                   "attention_dropout", "seq_classif_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
+
+
+class Watched(NamedTuple):
+    """What a network answered, and how it got there."""
+
+    logits: torch.Tensor
+    """[batch, classes]"""
+    states: Sequence[torch.Tensor] = ()
+    """After each layer or stage, from the inputs' side on: [batch, tokens, width], or [batch, channels, height, width]; none
+    where the architecture does not tell."""
+    places: Sequence[torch.Tensor] = ()
+    """Which token each row of a state belongs to, where a layer may have left some out: int64 [batch, some]; else none."""
 
 
 class Network(nn.Module):
@@ -50,13 +62,9 @@ class Network(nn.Module):
         """Weights as safetensors and a config.json."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
-    def watched(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits [batch, classes], and the hidden states after each layer or stage, from the inputs' side on; none where the
-        architecture does not tell.
-
-        [batch, tokens, width], the last one maybe of the first token alone; or [batch, channels, height, width].
-        """
-        return self(**inputs), []
+    def watched(self, **inputs: torch.Tensor) -> Watched:
+        """Logits, and the hidden states after each layer or stage."""
+        return Watched(self(**inputs))
 
     def recompute(self) -> None:
         """Keep few activations of the forward pass; the backward pass computes them again.
@@ -88,21 +96,31 @@ class TransformersNetwork(Network):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.kept_tokens: tuple[int | None, ...] = ()
+        """Of each layer, how many tokens it passes on at most; None, or nothing: all. See ``post_norm``."""
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         if self._is_post_norm(inputs):
-            return post_norm.forward(self.model, **inputs)
+            return post_norm.forward(self.model, **inputs, kept=self.kept_tokens)
         logits: torch.Tensor = self.model(**inputs).logits
         return logits
 
     def _is_post_norm(self, inputs: Mapping[str, torch.Tensor]) -> bool:
-        return inputs.keys() == {"input_ids", "attention_mask"} and post_norm.is_supported(self.model)
+        """Raises CompressionFailed where the library would have to compute what it cannot."""
+        if inputs.keys() == {"input_ids", "attention_mask"} and post_norm.is_supported(self.model):
+            return True
+        if self.kept_tokens:
+            raise CompressionFailed(
+                "a network whose layers leave tokens out has to be as it was made: no adapters, hooks or rounding in it",
+                "train it without them, or leave compression.tokens out",
+            )
+        return False
 
-    def watched(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def watched(self, **inputs: torch.Tensor) -> Watched:
         if self._is_post_norm(inputs):
-            return post_norm.watched(self.model, **inputs)
+            return Watched(*post_norm.watched(self.model, **inputs, kept=self.kept_tokens))
         answer = self.model(**inputs, output_hidden_states=True)
-        return answer.logits, list((answer.hidden_states or ())[1:])  # the first are the embeddings
+        return Watched(answer.logits, list((answer.hidden_states or ())[1:]))  # the first are the embeddings
 
     @classmethod
     def create(cls, settings: Model, backbone: str, labels: tuple[str, ...]) -> Self:
@@ -163,7 +181,7 @@ class TorchvisionNetwork(Network):
         logits: torch.Tensor = self.model(pixels)
         return logits
 
-    def watched(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def watched(self, **inputs: torch.Tensor) -> Watched:
         states: list[torch.Tensor] = []
 
         def note(_: nn.Module, __: tuple[Any, ...], state: Any) -> None:
@@ -172,7 +190,7 @@ class TorchvisionNetwork(Network):
 
         handles = [stage.register_forward_hook(note) for stage in _stages(self.model)]
         try:
-            return self(**inputs), states
+            return Watched(self(**inputs), states)
         finally:
             for handle in handles:
                 handle.remove()

@@ -4,11 +4,14 @@ In: a transformers sequence classifier and a batch of token ids. Out: its logits
 faster: of the last layer only the first token is computed, since the head reads no other; query, key and value are one
 product; and on a CPU dropout masks cost a tenth (``dropout.py``). Models with anything unusual in them (adapters, other
 positions, other activations) are left to the library.
+
+And it can do what the library cannot: let a layer pass on only the tokens that its attention looked at most (as PoWER-BERT
+does, Goyal et al. 2020), so that the layers above have less to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,39 +74,63 @@ def is_supported(model: nn.Module) -> bool:
     return plain and family.activation(model) in _ACTIVATIONS
 
 
-def forward(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def forward(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, kept: Sequence[int | None] = ()
+) -> torch.Tensor:
     """Logits [batch, classes].
 
     ``input_ids``: int64 [batch, tokens], padded on the right; ``attention_mask``: the same shape, 0 at padding.
+    ``kept``: of each layer, how many tokens it passes on at most, the first among them; None: all. Nothing: all of all.
     """
-    return _forward(model, input_ids, attention_mask, lambda state: None)
+    return _forward(model, input_ids, attention_mask, kept, lambda state, order: None)
 
 
 def watched(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """As ``forward``, and the state after each layer: [batch, tokens, width], the last one [batch, 1, width]."""
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, kept: Sequence[int | None] = ()
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """As ``forward``; and of each layer the state that it passes on, [batch, some, width], and which tokens these are, int64
+    [batch, some], if any were left out. The last layer computes the first token alone."""
     states: list[torch.Tensor] = []
-    return _forward(model, input_ids, attention_mask, states.append), states
+    places: list[torch.Tensor] = []
+
+    def note(state: torch.Tensor, order: torch.Tensor | None) -> None:
+        before = places[-1] if places else torch.arange(state.shape[1], device=state.device).expand(state.shape[:2])
+        states.append(state)
+        places.append(before[:, : state.shape[1]] if order is None else before.gather(1, order))
+
+    logits = _forward(model, input_ids, attention_mask, kept, note)
+    return logits, states, places if kept else []
+
+
+def layer_count(model: Any) -> int:
+    """Of a model that is supported."""
+    return len(list(FAMILIES[type(model).__name__].layers(model)))
 
 
 def _forward(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, note: Callable[[torch.Tensor], None]
-) -> torch.Tensor:
-    """``note`` is called with the state after each layer; nobody else keeps it."""
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, kept: Sequence[int | None],
+    note: Callable[[torch.Tensor, torch.Tensor | None], None],
+) -> torch.Tensor:  # fmt: skip
+    """``note`` is called with the state after each layer, and which of the tokens before are in it if others are not; nobody
+    else keeps it."""
     family = FAMILIES[type(model).__name__]
     embeddings, training = family.embeddings(model), model.training
     state = embeddings.LayerNorm(family.sum_embeddings(model, input_ids))
     state = dropout(state, embeddings.dropout.p, training)
     visible = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
     activation, layers = _ACTIVATIONS[family.activation(model)], list(family.layers(model))
-    for layer in layers[:-1]:
-        state = _feed_forward(layer, _attend(layer, state, state, visible, training), activation, training)
-        note(state)
+    for layer, most in zip(layers[:-1], kept or [None] * len(layers), strict=False):
+        order = None
+        if most is None:
+            state = _attend(layer, state, state, visible, training)
+        else:
+            state, visible, order = _attend_to_some(layer, state, visible, training, most)
+        state = _feed_forward(layer, state, activation, training)
+        note(state, order)
     # The head reads the first token alone, so the last layer asks for no other; it still attends to all.
     first = _attend(layers[-1], state[:, :1], state, visible, training)
     first = _feed_forward(layers[-1], first, activation, training)
-    note(first)
+    note(first, None)
     return family.head(model, first.squeeze(1))
 
 
@@ -112,19 +139,51 @@ def _attend(
 ) -> torch.Tensor:
     """Self-attention with residual and norm, of the tokens ``asking`` [batch, some or all, width]."""
     if asking is state:
-        query, key, value = _together(state, layer.query, layer.key, layer.value)
+        query, key, value = _heads(layer, _together(state, layer.query, layer.key, layer.value))
     else:
-        key, value = _together(state, layer.key, layer.value)
-        query = layer.query(asking)
-    query, key, value = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        query, key, value = _heads(layer, (layer.query(asking), *_together(state, layer.key, layer.value)))
     probability = layer.attention_dropout if training else 0.0
     if probability and state.device.type == "cpu":  # the library's kernel would draw its masks one by one
-        mixed = _attention_with_dropout(query, key, value, visible, probability)
+        mixed = dropout(_attention(query, key, visible), probability, training=True) @ value
     else:
         mixed = functional.scaled_dot_product_attention(query, key, value, visible, probability)
-    result = layer.out(mixed.transpose(1, 2).flatten(2))
-    normed: torch.Tensor = layer.out_norm(dropout(result, layer.out_dropout, training) + asking)
-    return normed
+    return _attended(layer, mixed.transpose(1, 2).flatten(2), asking, training)
+
+
+def _attend_to_some(
+    layer: Layer, state: torch.Tensor, visible: torch.Tensor | None, training: bool, most: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The same of the ``most`` tokens that all tokens and heads together attended most, which of those are visible, and which
+    of ``state`` they are.
+
+    The first comes first; the others in no order of the text, which nothing above depends on.
+    """
+    query, key, value = _heads(layer, _together(state, layer.query, layer.key, layer.value))
+    weights = _attention(query, key, visible)
+    asked = (
+        weights if visible is None else weights * visible.transpose(-1, -2)
+    )  # what padding looks at counts for nothing
+    attended = asked.float().sum((1, 2))
+    first = torch.full_like(attended[:, :1], torch.inf)
+    order = torch.cat([first, attended[:, 1:]], 1).argsort(1, descending=True)[:, :most]
+    mixed = dropout(weights, layer.attention_dropout, training) @ value
+    state, mixed = (_rows(part, order) for part in (state, mixed.transpose(1, 2).flatten(2)))
+    if visible is not None:
+        visible = visible.gather(-1, order[:, None, None, :])
+    return _attended(layer, mixed, state, training), visible, order
+
+
+def _rows(state: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[batch, tokens, width], int64 [batch, some] -> [batch, some, width]. As a table's rows: runtimes copy these at once, and
+    what ``gather`` gives value by value."""
+    batch, tokens = state.shape[:2]
+    offsets = torch.arange(batch, device=state.device)[:, None] * tokens
+    return functional.embedding(order + offsets, state.flatten(0, 1))
+
+
+def _heads(layer: Layer, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """[batch, tokens, heads * width] -> [batch, heads, tokens, width]."""
+    return [part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in parts]
 
 
 def _together(state: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
@@ -133,18 +192,21 @@ def _together(state: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, .
     return functional.linear(state, weight, bias).split([layer.out_features for layer in linears], dim=-1)
 
 
-def _attention_with_dropout(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, probability: float
-) -> torch.Tensor:
-    """[batch, heads, queries, width] as the three matrices have it, step by step."""
+def _attention(query: torch.Tensor, key: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """Weights [batch, heads, queries, keys], as the two matrices and the softmax have them, step by step."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if visible is not None:
         # Added, not filled in: that is vectorised, and its backward pass is nothing.
         scores = scores + torch.zeros_like(visible, dtype=scores.dtype).masked_fill(
             ~visible, torch.finfo(scores.dtype).min
         )
-    weights = dropout(scores.softmax(-1).to(value.dtype), probability, training=True)
-    return weights @ value
+    return scores.softmax(-1).to(query.dtype)
+
+
+def _attended(layer: Layer, mixed: torch.Tensor, asking: torch.Tensor, training: bool) -> torch.Tensor:
+    """What attention gave [batch, tokens, heads * width], through the layer's own matrix, with residual and norm."""
+    normed: torch.Tensor = layer.out_norm(dropout(layer.out(mixed), layer.out_dropout, training) + asking)
+    return normed
 
 
 def _feed_forward(

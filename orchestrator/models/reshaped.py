@@ -28,6 +28,7 @@ from orchestrator.models.backbones import (
     Network,
     TorchvisionNetwork,
     TransformersNetwork,
+    Watched,
     _architecture,
     _quiet_transformers,
 )
@@ -51,6 +52,8 @@ class Blueprint:
     """Module -> numbers it computes with that are no longer those its code would set."""
     sparse: list[str] = field(default_factory=list)
     """Weights whose zeros stay zero in training."""
+    tokens: list[int | None] = field(default_factory=list)
+    """``TransformersNetwork.kept_tokens``."""
 
     @property
     def of(self) -> str:
@@ -107,12 +110,13 @@ class ReshapedNetwork(Network):
         return self._inner[0]
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_exporting() or torch.jit._trace.is_tracing():  # ours looks at the values of the mask
+        tracing = torch.compiler.is_exporting() or torch.jit._trace.is_tracing()
+        if tracing and not self.blueprint.tokens:  # ours looks at the values of the mask
             return library_logits(self.inner, inputs)
         logits: torch.Tensor = self.inner(**inputs)
         return logits
 
-    def watched(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def watched(self, **inputs: torch.Tensor) -> Watched:
         """Logits and hidden states after each layer or stage, as the inner network has them."""
         return self.inner.watched(**inputs)
 
@@ -152,7 +156,10 @@ class ReshapedNetwork(Network):
 
 
 def library_logits(network: Network, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits [batch, classes] with every module called as its library calls it, whatever faster way the network knows."""
+    """Logits [batch, classes] with every module called as its library calls it, whatever faster way the network knows.
+
+    So all layers see all tokens.
+    """
     if isinstance(network, ReshapedNetwork):
         return library_logits(network.inner, inputs)
     if isinstance(network, TransformersNetwork):
@@ -200,6 +207,17 @@ def base_of(network: Network) -> dict[str, Any]:
     raise CompressionFailed(
         f"nothing can be taken out of a {type(network).__name__}", "compress the network that it was made of"
     )
+
+
+def no_dropout(network: Network) -> None:
+    """In place. What a network that learns from another one must not learn by heart, the other one tells; dropping parts of
+    what little is left of it only slows it down."""
+    for module in network.get_submodule("model").modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # what functions are called with
+                setattr(module, name, 0.0)
 
 
 def sparse_weights(network: nn.Module) -> list[str]:
@@ -261,6 +279,8 @@ def _built(blueprint: Blueprint, shapes: Mapping[str, torch.Size]) -> Network:
     for name, tensor in network.state_dict(keep_vars=True).items():
         if tensor.shape != shapes[name]:
             _resize(network, name, tensor, shapes[name])
+    if isinstance(network, TransformersNetwork):
+        network.kept_tokens = tuple(blueprint.tokens)
     for name, values in blueprint.attributes.items():
         module = network.get_submodule(name)
         for attribute, value in values.items():
@@ -309,7 +329,8 @@ def _described(inner: Network, base: dict[str, Any], layers: dict[str, list[int]
             shared.append(name)
         elif name in others and (changed := _changed(module, others[name])):
             attributes[name] = changed
-    return Blueprint(base, layers, factored, shared, attributes, sparse)
+    tokens = list(inner.kept_tokens) if isinstance(inner, TransformersNetwork) else []
+    return Blueprint(base, layers, factored, shared, attributes, sparse, tokens)
 
 
 def _changed(module: nn.Module, other: nn.Module) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 In: the student, the rows of a micro-batch, the losses of the labels. Out: the losses of the rows, of which the teacher has its
 share. The teacher sees exactly what the student sees, blended and augmented images too (Beyer et al. 2022), but for the rows
 that an adversary moves: there the student is to answer as the teacher does to the rows as they are (Goldblum et al. 2020).
-Nothing here is drawn by chance.
+Of texts it can also be asked what nobody wrote (``altered_texts.py``); nothing else here is drawn by chance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from torch.nn import functional
 
 from orchestrator.data.encoder import Encoder
 from orchestrator.errors import DataError, RecipeError
-from orchestrator.models.backbones import Network
+from orchestrator.models.backbones import Network, Watched
 from orchestrator.models.checkpoint import SavedModel, load_model
 from orchestrator.recipe import Distillation
 from orchestrator.storage import Storage
+from orchestrator.training.altered_texts import alter
 from orchestrator.training.loop import MicroBatch, RowLosses
 
 _TINY = 1e-12
+_IDS = "input_ids"
 _NO_STATES = (
     "training.distillation.hidden has no effect: teacher and student have no hidden states of the same kind to compare"
 )
@@ -72,6 +75,11 @@ def _reads_less(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool
     return name == "max_tokens" and theirs.get(name, math.inf) < ours[name]
 
 
+def asks_itself(distillation: Distillation, *, texts: bool) -> bool:
+    """Whether the teacher has to be there: answers to the rows as they are, known before, would not do."""
+    return bool(distillation.hidden or (distillation.altered and texts))
+
+
 class Watching(nn.Module):
     """A network whose call gives its hidden states too; made to stand inside of DDP, which has to see each call."""
 
@@ -79,7 +87,7 @@ class Watching(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def forward(self, **inputs: torch.Tensor) -> Watched:
         return self.network.watched(**inputs)
 
 
@@ -88,7 +96,7 @@ class Teacher:
         self, network: Network | None, settings: Distillation, tell: Callable[[str], None] = lambda _: None
     ) -> None:
         """``network``: on its device; it stays as it is. None: all rows come with its answers, and nobody asks for hidden
-        states. ``tell`` is called once, should there be no hidden states."""
+        states or alters rows. ``tell`` is called once, should there be no hidden states."""
         self.network = network.eval().requires_grad_(False) if network else None
         self.settings, self._tell = settings, tell
 
@@ -99,34 +107,42 @@ class Teacher:
     def teach(self, student: nn.Module, batch: MicroBatch, row_losses: RowLosses) -> tuple[torch.Tensor, RowLosses]:
         """The student's logits, fp32 [batch, classes], and the losses of the rows from now on.
 
-        ``student``: what ``watching`` gave, or a parallel of it. A row's loss is (1 - weight) of that by its label, weight
-        T^2 KL(teacher || student) at temperature T, whose square keeps the size of the gradients, and ``hidden`` times its
-        ``hidden_losses``.
+        ``student``: what ``watching`` gave, or a parallel of it. A row's loss is (1 - weight) of that by its label, if it is
+        as it was, weight T^2 KL(teacher || student) at temperature T, whose square keeps the size of the gradients, and
+        ``hidden`` times its ``hidden_losses``.
         """
-        settings, inputs = self.settings, batch.inputs
+        settings = self.settings
+        batch, by_label = self._altered(batch)
+        inputs = batch.inputs
         with torch.no_grad():  # and no inference mode: autograd has to keep what the student is compared with
-            answers, shown = self._ask(batch)
-        logits, states = student(**inputs) if settings.hidden else (student(**inputs), [])
-        logits = logits.float()
-        taught = settings.weight * answer_losses(logits, answers.float(), settings.temperature)
+            theirs = self._ask(batch)
+        ours = student(**inputs) if settings.hidden else Watched(student(**inputs))
+        logits = ours.logits.float()
+        taught = settings.weight * answer_losses(logits, theirs.logits.float(), settings.temperature)
         if settings.hidden:
-            taught = taught + settings.hidden * self._hidden(states, shown, inputs.get("attention_mask"), taught)
+            taught = taught + settings.hidden * self._hidden(ours, theirs, inputs.get("attention_mask"), taught)
 
         def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return (1.0 - settings.weight) * row_losses(logits, labels) + taught
+            return by_label * row_losses(logits, labels) + taught
 
         return logits, losses
 
-    def _ask(self, batch: MicroBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        if batch.answers is not None and not self.settings.hidden:
-            return batch.answers, []
-        assert self.network, "nobody knows the teacher's answers to these rows"
-        return self.network.watched(**batch.inputs) if self.settings.hidden else (self.network(**batch.inputs), [])
+    def _altered(self, batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor]:
+        """The rows that are learned, and what their labels' losses count: float32 [batch]."""
+        share = torch.full(batch.weights.shape, 1.0 - self.settings.weight, device=batch.weights.device)
+        if not self.settings.altered or _IDS not in batch.inputs:
+            return batch, share
+        ids, altered = alter(batch.inputs[_IDS], batch.inputs["attention_mask"], self.settings.altered)
+        return replace(batch, inputs=batch.inputs | {_IDS: ids}), share.masked_fill(altered, 0.0)
 
-    def _hidden(
-        self, states: list[torch.Tensor], shown: list[torch.Tensor], real: torch.Tensor | None, like: torch.Tensor
-    ) -> torch.Tensor:
-        losses = hidden_losses(states, shown, real)
+    def _ask(self, batch: MicroBatch) -> Watched:
+        if batch.answers is not None and not asks_itself(self.settings, texts=_IDS in batch.inputs):
+            return Watched(batch.answers)
+        assert self.network, "nobody knows the teacher's answers to these rows"
+        return self.network.watched(**batch.inputs) if self.settings.hidden else Watched(self.network(**batch.inputs))
+
+    def _hidden(self, ours: Watched, theirs: Watched, real: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        losses = hidden_losses(ours, theirs, real)
         if losses is None:
             self._tell(_NO_STATES)
             self._tell = lambda _: None
@@ -150,16 +166,23 @@ def layer_pairs(student: int, teacher: int) -> list[tuple[int, int]]:
     return [(i - 1, max(1, math.floor(i * teacher / student + 0.5)) - 1) for i in range(1, student + 1)]
 
 
-def hidden_losses(
-    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], real: torch.Tensor | None = None
-) -> torch.Tensor | None:
+def hidden_losses(student: Watched, teacher: Watched, real: torch.Tensor | None = None) -> torch.Tensor | None:
     """How far the student's hidden states are from the teacher's: the mean over ``layer_pairs``, [batch].
 
-    States are [batch, tokens, width] or [batch, channels, height, width]. ``real``: [batch, tokens], 0 at padding. None:
-    there is nothing to compare.
+    ``real``: [batch, tokens], 0 at padding. None: there is nothing to compare.
     """
-    pairs = [(student[i], teacher[j]) for i, j in layer_pairs(len(student), len(teacher))]
-    losses = [_state_losses(ours, theirs, real) for ours, theirs in pairs if ours.ndim == theirs.ndim]
+    losses = []
+    for i, j in layer_pairs(len(student.states), len(teacher.states)):
+        ours, theirs, mask = student.states[i], teacher.states[j], real
+        if ours.ndim != theirs.ndim:
+            continue
+        if student.places and theirs.shape[1] > 1:
+            if teacher.places and not torch.equal(teacher.places[j], teacher.places[0]):
+                ours, theirs = ours[:, :1], theirs[:, :1]  # of other tokens, but for the first
+            else:
+                theirs = theirs.gather(1, student.places[i][:, :, None].expand(-1, -1, theirs.shape[-1]))
+                mask = real if real is None else real.gather(1, student.places[i])
+        losses.append(_state_losses(ours, theirs, mask))
     return torch.stack(losses).mean(0) if losses else None
 
 

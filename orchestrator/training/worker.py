@@ -31,7 +31,7 @@ from orchestrator.tasks import TASKS
 from orchestrator.training import lora
 from orchestrator.training.adversarial import FastGradient
 from orchestrator.training.averaging import Average
-from orchestrator.training.distillation import Teacher, require_same_inputs, require_teacher, saved_model
+from orchestrator.training.distillation import Teacher, asks_itself, require_same_inputs, require_teacher, saved_model
 from orchestrator.training.failure import Diverged
 from orchestrator.training.fake_int8 import rounding
 from orchestrator.training.feed import Feed
@@ -196,7 +196,8 @@ class _Worker:
         require_teacher(self.settings.distillation, self.job.teacher)
         if self.settings.distillation is None or self.job.teacher is None:
             return None
-        known = self.job.answers and not self.settings.distillation.hidden
+        texts = self.task.input_kind == "text"
+        known = self.job.answers and not asks_itself(self.settings.distillation, texts=texts)
         network = None if known else self._saved(self.job.teacher).to(self.compute.device)
         return Teacher(network, self.settings.distillation, self._tell)
 

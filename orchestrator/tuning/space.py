@@ -25,7 +25,7 @@ from orchestrator.recipe_tuning import Dimension
 Point = dict[str, Any]
 """Values by path, of the fields that count for this point."""
 
-_CANDIDATES = ("layers", "heads", "units", "filters", "vocabulary", "max_tokens", "rank", "sparsity", "form",
+_CANDIDATES = ("layers", "heads", "units", "filters", "vocabulary", "max_tokens", "tokens", "rank", "sparsity", "form",
                "recovery.")  # fmt: skip
 _SEARCHED = {"tuning": ("model.", "training."), "compression": tuple(f"compression.{name}" for name in _CANDIDATES)}
 _WHAT_DIFFERS = {

@@ -18,7 +18,7 @@ from tiny_networks import tokens
 
 from orchestrator.compression.cost import folder_bytes, parity
 from orchestrator.compression.forms import FORMS, available
-from orchestrator.compression.sensitivity import measure_sensitivity
+from orchestrator.compression.sensitivity import Sensitivity, measure_sensitivity
 from orchestrator.compression.structure import Structure, reshape
 from orchestrator.compression.tracing import quiet
 from orchestrator.errors import CompressionFailed, IntegrityError, UserError
@@ -195,6 +195,16 @@ def test_an_ensemble_of_a_pruned_and_a_whole_network(form: str, tmp_path: Path) 
     FORMS[form].convert(network, [tokens(9, 9)], tmp_path)
     for inputs in (tokens(9, 4), tokens(20, 31, 2)):
         assert np.abs(answers(network, inputs) - answers(load_network(tmp_path), inputs)).max() < 1e-4
+
+
+@pytest.mark.parametrize("form", EXACT)
+def test_a_network_whose_upper_layers_read_fewer_tokens(form: str, tmp_path: Path) -> None:
+    """Of a text that is longer, of one that is not, and of the one in the example."""
+    network = reshape(tiny_networks.text_network("Bert"), Structure(tokens=4), Sensitivity(), tokens(9, 4)).eval()
+    FORMS[form].convert(network, [tokens(9, 9)], tmp_path)
+    found = load_network(tmp_path)
+    for inputs in (tokens(9, 4), tokens(3), tokens(20), tokens(20, 31, 2)):
+        assert np.abs(answers(network, inputs) - answers(found, inputs)).max() < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------- alone

@@ -34,6 +34,14 @@ def test_texts_are_cut_only_where_there_are_texts_and_enough_of_them():
     assert asked not in usual_space(METHODS | {"max_tokens": ""}, FORMS, Compression(), 20)
 
 
+def test_tokens_are_left_out_only_where_that_applies_and_there_are_enough_of_them():
+    asked = "compression.tokens"
+    assert asked not in usual_space(METHODS, FORMS, Compression(), 128)
+    assert usual_space(METHODS | {"tokens": ""}, FORMS, Compression(), 128)[asked].values == (16, None)
+    assert usual_space(METHODS | {"tokens": ""}, FORMS, Compression(tokens=20), 128)[asked].values == (16, 20)
+    assert asked not in usual_space(METHODS | {"tokens": ""}, FORMS, Compression(), 24)
+
+
 def test_the_first_points_are_forms_of_int8_and_a_ladder_down_in_them_and_then_the_other_forms():
     space = {
         "compression.layers": Dimension.model_validate([0.5, 1.0, 0.25, 0.75]),

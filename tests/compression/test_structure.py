@@ -20,11 +20,13 @@ from orchestrator.compression.parts import attentions, feed_forwards, longest_ro
 from orchestrator.compression.reshaping import Reshaping, answers
 from orchestrator.compression.sensitivity import Sensitivity, measure_sensitivity
 from orchestrator.compression.structure import METHODS, Structure, methods_of, reshape
+from orchestrator.compression.tokens import schedule
 from orchestrator.errors import CompressionFailed, RecipeError
 from orchestrator.models import post_norm
-from orchestrator.models.backbones import EnsembleNetwork, Network, load_network
+from orchestrator.models.backbones import EnsembleNetwork, Network, TransformersNetwork, load_network
 from orchestrator.models.checkpoint import count_parameters
 from orchestrator.models.reshaped import LowRank, ReshapedNetwork, SharedEmbedding
+from orchestrator.training.fake_int8 import rounding
 
 TEXT = tokens(9, 4, 7, 2)
 PIXELS = pixels()
@@ -49,15 +51,16 @@ def difference(one: Network, other: Network, inputs: dict[str, torch.Tensor]) ->
 
 # ------------------------------------------------------------------------------------------------------ what applies
 
-EVERYTHING = {"layers", "heads", "units", "vocabulary", "rank", "sparsity"}
+EVERYTHING = {"layers", "heads", "units", "vocabulary", "rank", "sparsity", "tokens"}
 
 
 @pytest.mark.parametrize(
     ("family", "lacking"),
     [
-        ("Bert", set()), ("Roberta", set()), ("Electra", set()), ("DistilBert", set()), ("DebertaV2", set()),
-        ("Deberta", set()), ("GPT2", set()), ("GPTNeoX", set()), ("Llama", set()), ("Qwen3", set()),
-        ("ModernBert", set()), ("MPNet", {"heads"}), ("Albert", {"layers"}),
+        ("Bert", set()), ("Roberta", set()), ("DistilBert", set()), ("Electra", {"tokens"}), ("DebertaV2", {"tokens"}),
+        ("Deberta", {"tokens"}), ("GPT2", {"tokens"}), ("GPTNeoX", {"tokens"}), ("Llama", {"tokens"}),
+        ("Qwen3", {"tokens"}), ("ModernBert", {"tokens"}), ("MPNet", {"heads", "tokens"}),
+        ("Albert", {"layers", "tokens"}),
     ],
 )  # fmt: skip
 def test_methods_that_apply_to_a_text_architecture(family: str, lacking: set[str]) -> None:
@@ -356,3 +359,76 @@ def test_all_rows_of_a_smaller_vocabulary_learn() -> None:
     read = shared.row_of[TEXT["input_ids"]].unique().long()
     assert shared.weight.grad is not None
     assert shared.weight.grad[read].abs().sum(1).min() > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ the tokens
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert", "Roberta"])
+def test_the_upper_layers_read_fewer_tokens_and_a_saved_network_does_too(family: str, tmp_path: Path) -> None:
+    network = text_network(family)
+    smaller = reshape(network, Structure(tokens=3), Sensitivity(), TEXT)
+    assert isinstance(smaller, ReshapedNetwork) and isinstance(smaller.inner, TransformersNetwork)
+    assert smaller.inner.kept_tokens == (None, 3, None)
+    assert count_parameters(smaller) == count_parameters(network)
+    with torch.no_grad():
+        expected = post_norm.forward(network.model, **TEXT, kept=(None, 3, None))
+        torch.testing.assert_close(smaller(**TEXT), expected, rtol=0, atol=0)
+    short = tokens(3, 2)
+    assert difference(smaller, network, short) < 1e-5 < difference(smaller, network, TEXT)
+    smaller.save(tmp_path)
+    again = load_network(tmp_path).eval()
+    assert difference(again, smaller, TEXT) == 0.0
+
+
+def test_what_is_made_smaller_again_goes_on_leaving_tokens_out() -> None:
+    network = text_network("Bert")
+    once = reshape(network, Structure(tokens=3), Sensitivity(), TEXT)
+    sensitivity = sensitivity_of(once, TEXT)
+    assert sensitivity == sensitivity_of(network, TEXT), "all layers see all tokens while it is looked at"
+    twice = reshape(once, Structure(heads=0.5), sensitivity, TEXT)
+    fewer = reshape(once, Structure(tokens=2), sensitivity, TEXT)
+    for smaller, most in ((twice, 3), (fewer, 2)):
+        assert isinstance(smaller, ReshapedNetwork) and isinstance(smaller.inner, TransformersNetwork)
+        assert smaller.inner.kept_tokens == (None, most, None)
+
+
+def test_a_network_that_leaves_tokens_out_refuses_what_only_the_library_can_do() -> None:
+    smaller = reshape(text_network("Bert"), Structure(tokens=3), Sensitivity(), TEXT)
+    with rounding(smaller), pytest.raises(CompressionFailed, match="no adapters, hooks or rounding in it"):
+        smaller(**TEXT)
+    smaller(**TEXT)
+
+
+def test_too_few_layers_and_factored_matrices_cannot_leave_tokens_out() -> None:
+    network = text_network("Bert")
+    sensitivity = sensitivity_of(network, TEXT)
+    with pytest.raises(CompressionFailed, match="compression.tokens is 3, but it has 2 layers, and it takes three"):
+        reshape(network, Structure(layers=0.67, tokens=3), sensitivity, TEXT)
+    with pytest.raises(CompressionFailed, match="its forward pass is its library's own"):
+        reshape(network, Structure(rank=0.5, tokens=3), sensitivity, TEXT)
+
+
+def test_how_many_tokens_leave_each_layer() -> None:
+    assert schedule(3, 5) == (None, 5, None)
+    assert schedule(6, 4) == (None, 32, 16, 8, 4, None)
+    twelve = schedule(12, 10)
+    assert twelve[0] is twelve[-1] is None and twelve[1] == 80 and twelve[-2] == 10
+    falling = [count for count in twelve if count is not None]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_where_upper_layers_read_few_tokens_more_of_their_units_stay() -> None:
+    """A share is then one of the work: what a unit costs goes with the tokens that its layer computes."""
+    network, long = text_network("Bert"), tokens(30, 30, 30, 30)
+    paths = [pair.down for pair in feed_forwards(network)]
+    alike = Sensitivity(units={path: [1.0 + n / 100 for n in range(48)] for path in paths})
+    even = reshape(network, Structure(units=0.5), alike, long)
+    fewer = reshape(network, Structure(units=0.5, tokens=4), alike, long)
+    sizes = [[input_size(n.get_submodule(path)) for path in paths] for n in (even, fewer)]
+    assert sizes[0] == [24, 24, 24]
+    first, second, third = sizes[1]
+    assert first < 24 < second <= third == 48
+    costs = [1.0, (4 / 30) ** 0.5, (1 / 16) ** 0.5]  # of a unit in each layer; of the last, no less than a sixteenth
+    left = sum(cost * units for cost, units in zip(costs, sizes[1], strict=True)) / (48 * sum(costs))
+    assert abs(left - 0.5) < 0.1

@@ -160,7 +160,7 @@ def test_recomputing_and_moving_reach_the_network_inside() -> None:
 def test_hidden_states_can_be_watched_and_there_are_fewer_of_them() -> None:
     network = smaller_text()
     with torch.no_grad():
-        logits, states = network.watched(**TEXT)
+        logits, states, _ = network.watched(**TEXT)
         assert torch.equal(logits, network(**TEXT))
     assert len(states) == 2
     assert states[0].shape == (4, 9, 32)

@@ -18,7 +18,7 @@ from orchestrator.compression.survey import SurveyJob, ask_teacher
 from orchestrator.data.text import TextEncoder
 from orchestrator.errors import DataError, RecipeError
 from orchestrator.models import post_norm
-from orchestrator.models.backbones import EnsembleNetwork, Network, TorchvisionNetwork, TransformersNetwork
+from orchestrator.models.backbones import EnsembleNetwork, Network, TorchvisionNetwork, TransformersNetwork, Watched
 from orchestrator.models.checkpoint import load_model, save_model
 from orchestrator.progress import ignore
 from orchestrator.recipe import Distillation, Model, Training
@@ -34,6 +34,13 @@ from orchestrator.training.worker import TrainJob, train_worker
 
 CPU = Compute(torch.device("cpu"), "fp32")
 LABELS = ("a", "b")
+NONE = torch.empty(0)
+
+
+def hidden(
+    student: list[torch.Tensor], teacher: list[torch.Tensor], real: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    return hidden_losses(Watched(NONE, student), Watched(NONE, teacher), real)
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -137,38 +144,70 @@ def test_each_layer_has_its_counterpart(student: int, teacher: int, pairs: list[
 def test_states_of_one_shape_are_compared_on_real_tokens_in_the_teachers_measure() -> None:
     torch.manual_seed(0)
     ours, theirs, real = torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [1] * 5])
-    found = hidden_losses([ours], [theirs], real)
+    found = hidden([ours], [theirs], real)
     expected = ((ours[1, :2] - theirs[1, :2]) ** 2).mean() / (theirs[1, :2] ** 2).mean()
     assert found is not None
     torch.testing.assert_close(found[1], expected)
-    torch.testing.assert_close(hidden_losses([7 * ours], [7 * theirs], real), found)
+    torch.testing.assert_close(hidden([7 * ours], [7 * theirs], real), found)
     ours[1, 2:] = 100.0
-    torch.testing.assert_close(hidden_losses([ours], [theirs], real), found)
+    torch.testing.assert_close(hidden([ours], [theirs], real), found)
 
 
 def test_a_last_layer_of_the_first_token_alone_is_compared_there() -> None:
     torch.manual_seed(0)
     ours, theirs, real = torch.randn(2, 5, 4), torch.randn(2, 1, 4), torch.ones(2, 5)
-    torch.testing.assert_close(hidden_losses([ours], [theirs], real), hidden_losses([ours[:, :1]], [theirs], real))
+    torch.testing.assert_close(hidden([ours], [theirs], real), hidden([ours[:, :1]], [theirs], real))
 
 
 def test_other_numbers_of_channels_are_compared_by_where_they_look() -> None:
     torch.manual_seed(0)
     ours, theirs = torch.randn(2, 3, 4, 4), torch.randn(2, 8, 4, 4)
     maps = [functional.normalize((x**2).mean(1).flatten(1), dim=1) for x in (ours, theirs)]
-    torch.testing.assert_close(hidden_losses([ours], [theirs]), ((maps[0] - maps[1]) ** 2).sum(1))
+    torch.testing.assert_close(hidden([ours], [theirs]), ((maps[0] - maps[1]) ** 2).sum(1))
     copies = torch.cat([ours, -ours], 1)  # more channels that look where the others do
-    assert hidden_losses([ours], [copies]).abs().max() < 1e-6
-    assert hidden_losses([ours], [torch.randn(2, 8, 2, 2)]).shape == (2,)
+    assert hidden([ours], [copies]).abs().max() < 1e-6
+    assert hidden([ours], [torch.randn(2, 8, 2, 2)]).shape == (2,)
 
 
 def test_the_loss_is_the_mean_over_the_layers_and_none_where_nothing_compares() -> None:
     torch.manual_seed(0)
     ours, theirs = [torch.randn(2, 3, 4) for _ in range(2)], [torch.randn(2, 3, 4) for _ in range(4)]
-    each = [hidden_losses([one], [other]) for one, other in ((ours[0], theirs[1]), (ours[1], theirs[3]))]
-    torch.testing.assert_close(hidden_losses(ours, theirs), torch.stack(each).mean(0))
-    assert hidden_losses(ours, []) is None
-    assert hidden_losses(ours, [torch.randn(2, 3, 4, 4)]) is None
+    each = [hidden([one], [other]) for one, other in ((ours[0], theirs[1]), (ours[1], theirs[3]))]
+    torch.testing.assert_close(hidden(ours, theirs), torch.stack(each).mean(0))
+    assert hidden(ours, []) is None
+    assert hidden(ours, [torch.randn(2, 3, 4, 4)]) is None
+
+
+def test_tokens_that_a_student_left_out_are_not_compared() -> None:
+    torch.manual_seed(0)
+    theirs, real = torch.randn(2, 6, 4), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    places = torch.tensor([[0, 5, 2], [0, 2, 4]])  # the last of the second row is padding
+    ours = theirs.gather(1, places[:, :, None].expand(-1, -1, 4)).clone()
+    ours[1, 2] = 7.0
+    student = Watched(NONE, [ours], [places])
+    assert hidden_losses(student, Watched(NONE, [theirs]), real).abs().max() == 0
+    ours[0, 1] += 1.0
+    losses = hidden_losses(student, Watched(NONE, [theirs]), real)
+    torch.testing.assert_close(losses, torch.tensor([4.0 / float((theirs[0, [0, 5, 2]] ** 2).sum()), 0.0]))
+    first = hidden_losses(student, Watched(NONE, [theirs, theirs[:, :3]], [torch.arange(6).expand(2, 6), places]), real)
+    assert first[0] != losses[0], "of a teacher that left out others, the first token alone is compared"
+
+
+@pytest.mark.parametrize("hidden", [0.0, 1.0])
+def test_of_altered_texts_the_teacher_alone_says_what_they_are(tiny_backbone: Path, hidden: float) -> None:
+    student, network, batch = texts(tiny_backbone, 0), texts(tiny_backbone, 1), rows()
+    asked: list[torch.Tensor] = []
+    before = batch.inputs["input_ids"].clone()
+    network.register_forward_pre_hook(lambda _, __, inputs: asked.append(inputs["input_ids"]), with_kwargs=True)
+    settings = Distillation(weight=0.5, hidden=hidden, altered=1.0)
+    teacher = Teacher(network, settings)
+    torch.manual_seed(0)
+    _, losses = teacher.teach(teacher.watching(student), batch, lambda logits, labels: torch.full((len(labels),), 1e6))
+    altered = losses(torch.zeros(len(batch.labels), 2), batch.labels) < 1e5
+    assert bool(altered.any())
+    if not hidden:
+        assert torch.equal((asked[0] != batch.inputs["input_ids"]).any(1), altered)
+    assert torch.equal(batch.inputs["input_ids"], before), "the batch itself stays"
 
 
 def test_a_teacher_that_does_not_tell_is_said_once_and_costs_nothing(tiny_backbone: Path) -> None:
@@ -189,7 +228,7 @@ def test_the_fast_path_tells_the_states_that_the_library_tells(tiny_backbone: Pa
     network, inputs = texts(tiny_backbone, 0).eval(), rows().inputs
     assert post_norm.is_supported(network.model)
     with torch.no_grad():
-        logits, states = network.watched(**inputs)
+        logits, states, _ = network.watched(**inputs)
         theirs = network.model(**inputs, output_hidden_states=True)
     torch.testing.assert_close(logits, theirs.logits, rtol=1e-4, atol=1e-5)
     real = inputs["attention_mask"].bool()
@@ -207,7 +246,7 @@ def test_stages_of_convolutional_networks_are_seen(architecture: str, stages: in
     network = TorchvisionNetwork.create(Model(weights="none"), architecture, LABELS).eval()
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        logits, states = network.watched(pixels=pixels)
+        logits, states, _ = network.watched(pixels=pixels)
         torch.testing.assert_close(logits, network(pixels=pixels), rtol=0, atol=0)
     assert len(states) == stages and all(state.ndim == 4 for state in states)
     assert not any(module._forward_hooks for module in network.modules()), "nothing is left of it"
@@ -242,6 +281,7 @@ def images(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
 TEXT = {
     "answers": {"distillation": {}},
     "states": {"distillation": {"hidden": 1.0}},
+    "altered": {"distillation": {"hidden": 1.0, "altered": 0.75}},
     "bf16": {"distillation": {"hidden": 1.0}, "precision": "bf16"},
     "library": {"distillation": {"hidden": 1.0}, "gradient_checkpointing": True, "averaging": {"decay": 0.9}},
     "adversary": {"distillation": {"hidden": 1.0}, "adversarial": 0.5},
