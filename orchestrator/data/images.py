@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from orchestrator.data.encoder import PREPROCESS, Encoded, Unreadable
+from orchestrator.data.sources import SMALL_IMAGE_BYTES
 
 _MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded: a small file can unfold to gigabytes."""
@@ -44,7 +45,9 @@ class ImageEncoder:
         return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
 
     def encode(self, inputs: Sequence[bytes]) -> Encoded:
-        return self.pack(list(self._threads.map(self.decode, inputs)))
+        are_small = sum(map(len, inputs)) < SMALL_IMAGE_BYTES * len(inputs)
+        each = map if are_small else self._threads.map
+        return self.pack(list(each(self.decode, inputs)))
 
     def pack(self, results: Sequence[bytes | str]) -> Encoded:
         """What ``decode`` gave, as columns."""

@@ -34,7 +34,7 @@ _HASH_CHUNK_BYTES = 1 << 20
 WRONG_ENCODING = "set data.encoding to the file's own, such as latin-1 or cp1252"
 _SAMPLE_ROWS = 1000
 _FILES_PER_TASK = 16
-_SMALL_IMAGE_BYTES = 8192
+SMALL_IMAGE_BYTES = 8192
 """Below this, most of the time goes to Python itself, where threads get in each other's way: one is faster than two."""
 _REMOTE_READERS = 32
 """An object store answers slowly but many at a time; a local disk is best read by as many threads as there are cores."""
@@ -211,7 +211,7 @@ class Source:
         mean_bytes = sum(file.size_bytes for file in self.files) / len(self.files)
         if not self.is_local:
             number = _REMOTE_READERS
-        elif self.is_image_folder and mean_bytes < _SMALL_IMAGE_BYTES:
+        elif self.is_image_folder and mean_bytes < SMALL_IMAGE_BYTES:
             number = 1
         else:
             number = os.cpu_count() or 1

@@ -164,6 +164,8 @@ def _attend_to_some(
         weights if visible is None else weights * visible.transpose(-1, -2)
     )  # what padding looks at counts for nothing
     attended = asked.float().sum((1, 2))
+    if torch.compiler.is_exporting():  # else it would take texts for as long, or as short, as the example's
+        most = torch.sym_min(most, attended.shape[1])
     first = torch.full_like(attended[:, :1], torch.inf)
     order = torch.cat([first, attended[:, 1:]], 1).argsort(1, descending=True)[:, :most]
     mixed = dropout(weights, layer.attention_dropout, training) @ value

@@ -99,6 +99,7 @@ class Teacher:
         states or alters rows. ``tell`` is called once, should there be no hidden states."""
         self.network = network.eval().requires_grad_(False) if network else None
         self.settings, self._tell = settings, tell
+        self._last: tuple[MicroBatch, MicroBatch, torch.Tensor] | None = None
 
     def watching(self, student: Network) -> nn.Module:
         """What has to be called instead of the student."""
@@ -128,12 +129,16 @@ class Teacher:
         return logits, losses
 
     def _altered(self, batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor]:
-        """The rows that are learned, and what their labels' losses count: float32 [batch]."""
+        """The rows that are learned, and what their labels' losses count: float32 [batch]. The same for all passes over a
+        batch, of which an adversary makes two."""
         share = torch.full(batch.weights.shape, 1.0 - self.settings.weight, device=batch.weights.device)
         if not self.settings.altered or _IDS not in batch.inputs:
             return batch, share
-        ids, altered = alter(batch.inputs[_IDS], batch.inputs["attention_mask"], self.settings.altered)
-        return replace(batch, inputs=batch.inputs | {_IDS: ids}), share.masked_fill(altered, 0.0)
+        if self._last is None or self._last[0] is not batch:
+            ids, altered = alter(batch.inputs[_IDS], batch.inputs["attention_mask"], self.settings.altered)
+            rows = replace(batch, inputs=batch.inputs | {_IDS: ids})
+            self._last = batch, rows, share.masked_fill(altered, 0.0)
+        return self._last[1:]
 
     def _ask(self, batch: MicroBatch) -> Watched:
         if batch.answers is not None and not asks_itself(self.settings, texts=_IDS in batch.inputs):

@@ -197,11 +197,12 @@ def test_an_ensemble_of_a_pruned_and_a_whole_network(form: str, tmp_path: Path) 
         assert np.abs(answers(network, inputs) - answers(load_network(tmp_path), inputs)).max() < 1e-4
 
 
+@pytest.mark.parametrize("example", [(9, 9), (4, 3), (3, 2)], ids=str)
 @pytest.mark.parametrize("form", EXACT)
-def test_a_network_whose_upper_layers_read_fewer_tokens(form: str, tmp_path: Path) -> None:
-    """Of a text that is longer, of one that is not, and of the one in the example."""
+def test_a_network_whose_upper_layers_read_fewer_tokens(form: str, example: tuple[int, ...], tmp_path: Path) -> None:
+    """Of texts that have more tokens, as many, and fewer, whichever the example has."""
     network = reshape(tiny_networks.text_network("Bert"), Structure(tokens=4), Sensitivity(), tokens(9, 4)).eval()
-    FORMS[form].convert(network, [tokens(9, 9)], tmp_path)
+    FORMS[form].convert(network, [tokens(*example)], tmp_path)
     found = load_network(tmp_path)
     for inputs in (tokens(9, 4), tokens(3), tokens(20), tokens(20, 31, 2)):
         assert np.abs(answers(network, inputs) - answers(found, inputs)).max() < 1e-4

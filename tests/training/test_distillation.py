@@ -208,6 +208,11 @@ def test_of_altered_texts_the_teacher_alone_says_what_they_are(tiny_backbone: Pa
     if not hidden:
         assert torch.equal((asked[0] != batch.inputs["input_ids"]).any(1), altered)
     assert torch.equal(batch.inputs["input_ids"], before), "the batch itself stays"
+    teacher.teach(
+        teacher.watching(student), batch, lambda logits, labels: logits.sum(1)
+    )  # as an adversary's second pass
+    teacher.teach(teacher.watching(student), replace(batch), lambda logits, labels: logits.sum(1))
+    assert hidden or (torch.equal(asked[1], asked[0]) and not torch.equal(asked[2], asked[0]))
 
 
 def test_a_teacher_that_does_not_tell_is_said_once_and_costs_nothing(tiny_backbone: Path) -> None:
@@ -281,7 +286,7 @@ def images(shapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
 TEXT = {
     "answers": {"distillation": {}},
     "states": {"distillation": {"hidden": 1.0}},
-    "altered": {"distillation": {"hidden": 1.0, "altered": 0.75}},
+    "altered": {"distillation": {"hidden": 1.0, "altered": 0.75}, "adversarial": 0.5},
     "bf16": {"distillation": {"hidden": 1.0}, "precision": "bf16"},
     "library": {"distillation": {"hidden": 1.0}, "gradient_checkpointing": True, "averaging": {"decay": 0.9}},
     "adversary": {"distillation": {"hidden": 1.0}, "adversarial": 0.5},
