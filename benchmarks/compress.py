@@ -64,7 +64,7 @@ def reviews(root: Path, rows: int | None, trials: int) -> dict[str, Any]:
         "data": {"split": {"files": files}}, "task": "text_classification",
         "model": {"backbone": str(get_model_path()), "max_tokens": 128},
         "training": {"epochs": 2 if rows is None else 1, "learning_rate": 1e-4},
-        "compression": {"trials": trials, "recovery": {"epochs": 5 if rows is None else 1, "learning_rate": 2e-4},
+        "compression": {"trials": trials, "recovery": {"epochs": 10 if rows is None else 1, "learning_rate": 3e-4},
                         "limits": {"macro_f1_drop": 0.01, "size_bytes": 15_000_000}},
     }  # fmt: skip
 
