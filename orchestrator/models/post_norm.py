@@ -160,9 +160,8 @@ def _attend_to_some(
     """
     query, key, value = _heads(layer, _together(state, layer.query, layer.key, layer.value))
     weights = _attention(query, key, visible)
-    asked = (
-        weights if visible is None else weights * visible.transpose(-1, -2)
-    )  # what padding looks at counts for nothing
+    # What padding looks at counts for nothing.
+    asked = weights if visible is None else weights * visible.transpose(-1, -2)
     attended = asked.float().sum((1, 2))
     if torch.compiler.is_exporting():  # else it would take texts for as long, or as short, as the example's
         most = torch.sym_min(most, attended.shape[1])
