@@ -1,5 +1,8 @@
 """What is searched where a recipe leaves the space out."""
 
+import pytest
+from pydantic import ValidationError
+
 from orchestrator.compression.presets import FORM, first_points, usual_space
 from orchestrator.recipe_compression import Compression
 from orchestrator.recipe_tuning import Dimension
@@ -40,6 +43,13 @@ def test_tokens_are_left_out_only_where_that_applies_and_there_are_enough_of_the
     assert usual_space(METHODS | {"tokens": ""}, FORMS, Compression(), 128)[asked].values == (16, None)
     assert usual_space(METHODS | {"tokens": ""}, FORMS, Compression(tokens=20), 128)[asked].values == (16, 20)
     assert asked not in usual_space(METHODS | {"tokens": ""}, FORMS, Compression(), 24)
+
+
+def test_rounding_in_training_and_leaving_tokens_out_do_not_go_together():
+    rounded = {"epochs": 1, "fake_int8": True}
+    assert Compression.model_validate({"recovery": rounded}).recovery.fake_int8
+    with pytest.raises(ValidationError, match="which read all tokens: leave tokens out"):
+        Compression.model_validate({"recovery": rounded, "tokens": 16})
 
 
 def test_the_first_points_are_forms_of_int8_and_a_ladder_down_in_them_and_then_the_other_forms():
