@@ -34,7 +34,7 @@ stop: $(STAMP) ## take the demo's endpoint down
 
 test: $(STAMP) ## the tests, without those marked slow
 	$(BIN)/python -m pytest -n auto -m "not ray and not slow and not gpu"
-	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "ray and not slow and not gpu"
 
 check: $(STAMP) ## formatting, lint, types and the import stairs
 	$(BIN)/ruff format --check .

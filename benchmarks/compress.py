@@ -6,7 +6,7 @@ int8, OpenVINO's int8 with calibration rows, each applied to the whole network, 
 one input, throughput of batches of 8, both from text or file to probabilities with one thread; macro-F1 is on the test rows,
 which had no part in any choice. The time of the sweep is compared with trying the same candidates one after another, each
 with all cores, its own student, the teacher beside it in training, and all validation rows: a few of them are tried in that
-way at the end (``--alone``), and stand for the others of their kind. The last line is one JSON object.
+way at the end (``--alone``), of different students, and stand for the others of their kind. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from orchestrator.candidates import Candidates, has_student, settings_of
+from orchestrator.candidates import Candidates, Student, has_student, settings_of
 from orchestrator.compression.cost import measure_beside
 from orchestrator.compression.forms import FORMS, available
 from orchestrator.compression.rows import Rows
@@ -180,18 +180,23 @@ def one_after_another_s(
     base = pipeline.recipe.model_copy(update={"tuning": None})
     base = base.model_copy(update={"compression": settings_of(base).model_copy(update={"proxy_rows": 1_000_000})})
     survey = Survey.from_json(storage.read_json(f"{record.location}/{SURVEY}") or {})
+    families: dict[str, list[TrialRecord]] = {}
+    for trial in trials:
+        asked = recipe_with(base, trial.parameters)
+        families.setdefault(Student.name_of(asked) if has_student(settings_of(asked)) else "", []).append(trial)
+    whole = [[trial] for trial in families.pop("", [])]
     total = 0.0
-    for trained in (False, True):
-        kind = [t for t in trials if has_student(settings_of(recipe_with(base, t.parameters))) is trained]
-        some = sorted(kind, key=lambda t: t.seconds)
+    for kind, groups in (("whole", whole), ("student", list(families.values()))):
+        some = sorted(groups, key=lambda group: max(t.seconds for t in group))
         step = max(1, len(some) // max(1, alone))
         seconds = []
-        for number, trial in enumerate(some[step // 2 :: step][:alone]):
-            candidates = Candidates(base, model, dataset, survey, f"alone/{trained}-{number}", place)
+        for number, group in enumerate(some[step // 2 :: step][:alone]):
+            trial = max(group, key=lambda t: t.seconds)  # the one that trained their student
+            candidates = Candidates(base, model, dataset, survey, f"alone/{kind}-{number}", place)
             found = candidates(0, trial.parameters, lambda *_: True)
             print(f"alone: {found.seconds:.0f} s, in the sweep {trial.seconds:.0f} s; {trial.parameters} {found.error}")
             seconds.append(found.seconds)
-        total += statistics.mean(seconds) * len(kind) if seconds else 0.0
+        total += statistics.mean(seconds) * sum(map(len, groups)) if seconds else 0.0
     return total
 
 
@@ -267,7 +272,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="640 rows, 10 candidates")
     parser.add_argument("--task", choices=sorted(TASKS), default="text")
     parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--alone", type=int, default=2, help="candidates of each kind that are tried one after another")
+    parser.add_argument(
+        "--alone", type=int, default=2, help="candidates, with a student and without, that are tried one after another"
+    )
     arguments = parser.parse_args()
     run(arguments.task, arguments.quick, arguments.trials, arguments.alone)
 

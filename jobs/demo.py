@@ -98,7 +98,7 @@ def demo(kind: str, keep: bool) -> None:
             answer = ask(records["serve"]["predict_url"], instances)
         finally:
             if not keep:
-                pipeline.stop_serving()
+                pipeline.serve_stage().stop()
     print(describe(records, pipeline.storage.place))  # noqa: T201
     print(f"answers of version {answer['model_version']}:\n{show_answers(instances, answer)}")  # noqa: T201
     stop = f"stop it with: orchestrator serve {RECIPES[kind]} --stop"

@@ -27,7 +27,6 @@ from orchestrator.compression.survey import Survey, folder_of_base
 from orchestrator.data.text import TextEncoder
 from orchestrator.errors import DiskFull, OrchestratorError
 from orchestrator.models.checkpoint import count_parameters, load_model, save_model, save_surroundings
-from orchestrator.models.reshaped import no_dropout
 from orchestrator.progress import ignore
 from orchestrator.recipe import Distillation, Recipe
 from orchestrator.recipe_compression import Compression
@@ -140,6 +139,11 @@ class Student:
         self.structure, self.recovery = structure_of(self.settings), self.settings.recovery
 
     @staticmethod
+    def name_of(recipe: Recipe) -> str:
+        """Of its folder."""
+        return Student.key_of(recipe)[:12]
+
+    @staticmethod
     def key_of(recipe: Recipe) -> str:
         settings = settings_of(recipe)
         return sha256_json(
@@ -160,7 +164,7 @@ class Student:
         """Of the saved student. Raises what training raises."""
         if not has_student(self.settings):
             return self.base  # there is nothing to recover from
-        shared = f"{self.study.location}/{STUDENTS}/{self.key_of(self.recipe)[:12]}"
+        shared = f"{self.study.location}/{STUDENTS}/{self.name_of(self.recipe)}"
         if not self.storage.exists(shared):
             made = self.storage.fetch(self._made())
             with self.storage.publish(shared) as folder:
@@ -196,8 +200,6 @@ class Student:
             sensitivity = replace(measure_sensitivity(model.network, batches), tokens=sensitivity.tokens)
         structure, inputs = part_of(self.structure, step, steps), [inputs for inputs, _ in batches]
         smaller = reshape(model.network, structure, sensitivity, inputs[0], inputs)
-        if self.recovery.distillation or self.recovery.hidden:
-            no_dropout(smaller)
         with self.storage.publish(target) as folder:
             save_model(folder, smaller, encoder, model.labels, model.task)
 

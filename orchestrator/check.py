@@ -19,11 +19,13 @@ from orchestrator.session import available_cpus
 
 if TYPE_CHECKING:
     from orchestrator.pipeline import Pipeline
-    from orchestrator.recipe import Training
+    from orchestrator.recipe import Recipe, Training
 
 _BYTES_PER_PARAMETER = 16
 """Weights, gradients and AdamW's two moments in fp32."""
 _MEASURED_STEPS = 2
+_WITH_TEACHER = 4 / 3
+"""A step with the teacher's forward pass beside it, of one without: forward and backward cost as three passes."""
 
 
 def plan_run(pipeline: Pipeline) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def plan_run(pipeline: Pipeline) -> dict[str, Any]:
     # a population, of those that go on and those they go on from
     kept = 2 * trials if tuning and tuning.scheduler == "pbt" else at_once
     runs_on_disk = len(rows_of_runs) * (kept + 1 if tuning else 1)
-    disk = runs_on_disk * parameters * 4 * 8 + dataset.size_bytes
+    disk = runs_on_disk * parameters * 4 * 8 + dataset.size_bytes + _compression_disk(recipe, parameters, at_once)
     values = {
         "rows": rows, "steps": steps, "runs": len(rows_of_runs), "workers": workers, "parameters": parameters,
         "memory_bytes": memory, "disk_bytes": disk, "seconds": steps * seconds_per_step,
@@ -53,7 +55,7 @@ def plan_run(pipeline: Pipeline) -> dict[str, Any]:
         "train": f"{rows} rows, {recipe.training.epochs} epochs, {steps} steps of {recipe.training.batch_size} rows",
         **_told(recipe.training, len(rows_of_runs), at_once),
         **_tuning(pipeline, at_once),
-        **_compression(pipeline),
+        **_compression(pipeline, -(-rows // recipe.training.batch_size) * seconds_per_step),
         "workers": f"{workers} on {available_cpus()} CPUs and {torch.cuda.device_count()} GPUs of this machine",
         "memory": f"{memory / 1e9:.1f} GB for weights and optimiser over all workers, activations come on top",
         "disk": f"about {disk / 1e9:.1f} GB of {free / 1e9:.0f} GB free",
@@ -94,7 +96,14 @@ def _tuning(pipeline: Pipeline, at_once: int) -> dict[str, str]:
     return {"tune": f"{tuning.trials} trials, {at_once} at a time, for {objectives}; {told_of_all}; searched: {fields}"}
 
 
-def _compression(pipeline: Pipeline) -> dict[str, str]:
+def _compression_disk(recipe: Recipe, parameters: int, at_once: int) -> int:
+    """At most, in bytes: of each candidate a student and a model, in fp32, and of those under way what training keeps."""
+    settings = recipe.compression
+    return (2 * settings.trials + 8 * at_once) * parameters * 4 if settings else 0
+
+
+def _compression(pipeline: Pipeline, epoch_s: float) -> dict[str, str]:
+    """``epoch_s``: of the uncompressed model, without a teacher."""
     settings = pipeline.recipe.compression
     if settings is None:
         return {}
@@ -102,9 +111,10 @@ def _compression(pipeline: Pipeline) -> dict[str, str]:
     stage.check()
     here = [name for name, why in stage.forms.items() if not why]
     limits = ", ".join(f"{name} {value:g}" for name, value in settings.limits if value is not None) or "none"
+    student_s = settings.recovery.epochs * epoch_s * _WITH_TEACHER
     return {"compress": f"{settings.trials} candidates for {', '.join(settings.objectives)}; limits: {limits}; each student "
-                        f"takes {settings.recovery.epochs} epochs or fewer, smaller ones less; forms to be had here: "
-                        f"{', '.join(here)}"}  # fmt: skip
+                        f"takes {settings.recovery.epochs} epochs, at most {format_seconds(student_s)}, smaller ones less; "
+                        f"forms to be had here: {', '.join(here)}"}  # fmt: skip
 
 
 def _workers(pipeline: Pipeline) -> tuple[int, int]:

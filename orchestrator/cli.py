@@ -143,6 +143,21 @@ def compress(
 
 
 @app.command()
+def ensemble(
+    recipe: RecipePath,
+    versions: Annotated[str, typer.Option(metavar="N,N,...", help="Registered versions of the recipe's model.")],
+    combine: Annotated[str, typer.Option(metavar="mean|vote", help="Of their probabilities or labels.")] = "mean",
+    weights: Annotated[str, typer.Option(metavar="equal|fitted|W,W,...", help="fitted: those under which the labels of the "
+        "validation rows are most likely.")] = "equal",
+    set_: Overrides = None, storage: StorageRoot = None, address: Address = None, json_: AsJson = False,
+) -> None:  # fmt: skip
+    """Join versions to one that answers by their weighted mean or vote; evaluate, register and, if better, promote it."""
+    run_verb(
+        "ensemble", recipe, set_, storage, address, json_, lambda line: line.join_versions(versions, combine, weights)
+    )
+
+
+@app.command()
 def evaluate(recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
              json_: AsJson = False) -> None:  # fmt: skip
     """Score the model on the test rows and write the report."""
@@ -168,17 +183,32 @@ def serve(
     recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
     json_: AsJson = False,
     version: Annotated[int | None, typer.Option(help="Serve this version instead of the champion.")] = None,
+    canary: Annotated[str | None, typer.Option(metavar="SHARE", help="Put the challenger, or --version, beside the one that "
+        "answers, and have it answer this share of the requests, such as 10%.")] = None,
+    shadow: Annotated[str | None, typer.Option(metavar="SHARE", help="The same, but it answers nobody: it is asked as "
+        "well, and compared.")] = None,
+    ab: Annotated[str | None, typer.Option(metavar="SHARE", help="The same as --canary, but users' feedback decides.")] = None,
     block: Annotated[bool, typer.Option("--block", help="Stay in the foreground until Ctrl-C.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="Take the endpoint down.")] = False,
 ) -> None:  # fmt: skip
-    """Put the champion behind an HTTP endpoint, which stays up in the background until --stop."""
+    """Put the champion behind an HTTP endpoint, which stays up in the background until --stop; or another beside it."""
+    from orchestrator.errors import UserError
+    from orchestrator.serving.plans import parse_share
+
+    wished = {mode: share for mode, share in (("canary", canary), ("shadow", shadow), ("ab", ab)) if share is not None}
+    if len(wished) + block + stop > 1:
+        raise UserError("--canary, --shadow, --ab, --block and --stop exclude each other", "give one of them")
+    rollouts: list[tuple[Any, float]] = [(mode, parse_share(share)) for mode, share in wished.items()]
 
     def act(pipeline: Pipeline) -> Record | dict[str, Any]:
+        stage = pipeline.serve_stage()
+        for mode, share in rollouts:
+            return stage.roll_out(version, mode, share)
         if stop:
-            return pipeline.stop_serving()
+            return stage.stop()
         if block:
-            return pipeline.serve_in_foreground(version)
-        return pipeline.serve(pipeline.version_to_serve(version))
+            return stage.in_foreground(version)
+        return stage.serve(stage.version_to_serve(version))
 
     run_verb("serve", recipe, set_, storage, address, json_, act)
 
@@ -213,10 +243,54 @@ def models(
     json_: AsJson = False,
 ) -> None:  # fmt: skip
     """List models or a model's versions; move an alias to a version or back; check a model's files."""
-    from orchestrator.registry.listing import act_on_models
+    from orchestrator.serve import change_models
 
-    values, text = act_on_models(storage or "./runs", registry, arguments or [], alias)
+    values, text = change_models(storage or "./runs", registry, arguments or [], alias)
     _out(json.dumps(values, ensure_ascii=False) if json_ else text)
+
+
+keys = typer.Typer(help="Who may ask the endpoint (serving.keys: true).", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(keys, name="keys")
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Of who or what will ask with it.")],
+    storage: StorageRoot = "./runs",
+    scope: Annotated[list[str] | None, typer.Option(help="predict, feedback or admin; predict and feedback if none.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model that it opens; all if none is named.")] = None,
+    per_second: Annotated[float | None, typer.Option(help="Requests, at most.")] = None,
+    per_day: Annotated[int | None, typer.Option(help="Inputs, at most, of a day in UTC.")] = None,
+    json_: AsJson = False,
+) -> None:  # fmt: skip
+    """Make a key, which is shown this once."""
+    from orchestrator.present import key_made
+    from orchestrator.serving.access import make_key, told
+
+    key, text = make_key(storage or "./runs", name, scope or (), model or (), per_second, per_day)
+    _out(json.dumps(told(key) | {"key": text}) if json_ else key_made(told(key), text))
+
+
+@keys.command("list")
+def list_keys(storage: StorageRoot = "./runs", json_: AsJson = False) -> None:
+    """Keys, what they open, and how many inputs they have sent today."""
+    from orchestrator.present import keys_table
+    from orchestrator.serving.access import keys_and_use
+
+    known = keys_and_use(storage or "./runs")
+    _out(json.dumps({"keys": known}) if json_ else keys_table(known))
+
+
+@keys.command("revoke")
+def revoke_key(
+    number: Annotated[str, typer.Argument(metavar="ID", help="As `orchestrator keys list` shows it.")],
+    storage: StorageRoot = "./runs", json_: AsJson = False,
+) -> None:  # fmt: skip
+    """Close a key for good; endpoints notice within seconds."""
+    from orchestrator.serving.access import revoke, told
+
+    key = told(revoke(storage or "./runs", number))
+    _out(json.dumps(key) if json_ else f"revoked {key['id']} ({key['name']})")
 
 
 @app.command()

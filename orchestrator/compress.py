@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from orchestrator.candidates import Candidates, has_student, settings_of
+from orchestrator.candidates import Candidates, Student, has_student, settings_of
 from orchestrator.compression.changes import changes_of
 from orchestrator.compression.forms import available
 from orchestrator.compression.limits import bounds_of, misses, nobody_keeps
@@ -22,9 +22,11 @@ from orchestrator.compression.measuring import QUALITY, scaled
 from orchestrator.compression.on_ray import FinalCosts, FinalJob, ask_teacher_on_ray, final_costs_on_ray, survey_on_ray
 from orchestrator.compression.presets import FORM, first_points, usual_space
 from orchestrator.compression.survey import Survey, SurveyJob
+from orchestrator.compression.tokens import that_train
 from orchestrator.data.dataset import SLICE, Split
 from orchestrator.errors import CompressionFailed, IntegrityError, RecipeError
 from orchestrator.evaluation.metrics import summary
+from orchestrator.families import Families
 from orchestrator.models.checkpoint import CARD
 from orchestrator.progress import Event, Report
 from orchestrator.recipe import Augmentation, Recipe
@@ -134,10 +136,11 @@ class _Sweep:
         self.split = Split(self.storage.fetch(dataset.location, verify=False), "validation")
         self.before = self._before()
         self.space = self._space()
+        self.families = self._families()
 
     def run(self) -> CompressionRecord:
         study = self._study()
-        study.enqueue(self._first_points() + (self.space.grid() if self.settings.sampler == "grid" else []))
+        study.enqueue(self._first_points() + (self._grid() if self.settings.sampler == "grid" else []))
         self._search(study)
         trials = outcome.records_of(study)
         finalists, winner, costs = self._decide(trials)
@@ -178,7 +181,7 @@ class _Sweep:
 
     def _space(self) -> Space:
         """Raises RecipeError where a method that is asked for does not apply."""
-        methods = self.survey.methods | self._not_with_this_training()
+        methods = that_train(self.survey.methods, self.recipe.training)
         usual = usual_space(methods, self.stage.forms, self.settings, self.recipe.model.max_tokens)
         space = Space(self.recipe, self.settings.space or usual, "compression")
         searched = {p.path.removeprefix("compression.") for p in space.parameters}
@@ -190,23 +193,29 @@ class _Sweep:
                 self.report(Event("compress", message=f"no {method}: {why}"))
         return space
 
-    def _not_with_this_training(self) -> dict[str, str]:
-        """Method -> why students could not be trained on."""
-        if self.survey.methods.get("tokens", "unknown") or not self.recipe.training.gradient_checkpointing:
-            return {}
-        return {"tokens": "training.gradient_checkpointing needs the library's forward pass, which reads all tokens"}
-
     def _first_points(self) -> list[Point]:
         dimensions = {p.path: p.dimension for p in self.space.parameters}
-        points = first_points(dimensions, self.space.default(0.0))
+        points = first_points(dimensions, self.space.default(0.0), self.settings.trials)
         return [point for point in points if self.space.contains(point)][: max(1, self.settings.trials * 2 // 3)]
+
+    def _grid(self) -> list[Point]:
+        """Every student in one form, then in the next: two forms of one student would wait for each other."""
+        forms = self.families.forms
+        return sorted(self.space.grid(), key=lambda point: forms.index(point[FORM]) if forms else 0)
+
+    def _families(self) -> Families:
+        forms = next((p.dimension.values for p in self.space.parameters if p.path == FORM), ())
+        return Families(
+            self.recipe, forms, self.objectives[0], len(self.split),
+            lambda student: self.storage.exists(f"{self.location}/{STUDENTS}/{student}"),
+        )  # fmt: skip
 
     def _study(self) -> Study:
         tuning = self._tuning()
         name = self.location.rpartition("/")[2]
         database = database_url(self.storage, tuning, self.recipe.registry.url)
         study = Study(database, f"compress-{name}", tuning, self.space, self.objectives, self.recipe.seed,
-                      repeats=False)  # fmt: skip
+                      family=self.families.name)  # fmt: skip
         had, left = study.counted(), len(study.unfinished())
         told = f"study {study.name}: {self.settings.trials} candidates of {len(self.space.parameters)} fields"
         told += f"; {had - left} are done" if had else ""
@@ -229,7 +238,7 @@ class _Sweep:
             self.recipe, self.parent, self.dataset, self.survey, self.location, self.placement, self._answers()
         )
         keeper = Keeper(study, self.storage, (t for t in outcome.records_of(study) if t.state != "running"))
-        shown = WatchedCandidates(study, candidates, keeper, self.settings, self.before, self.report)
+        shown = WatchedCandidates(study, candidates, keeper, self.families, self.settings, self.before, self.report)
         own_workers = self.placement.workers > 1  # they take the room, the candidate's own process only waits for them
         cpus = 0.0 if own_workers else self.placement.cpus_per_worker
         gpus = float(self.placement.device == "cuda" and not own_workers)
@@ -398,11 +407,9 @@ class _Sweep:
 
     def _clear(self, trials: Sequence[TrialRecord], record: CompressionRecord) -> None:
         """Students whose candidates are all beaten; a later candidate that wants one makes it anew."""
-        from orchestrator.candidates import Student
-
         kept = {t.number for t in record.finalists} | set(record.pareto)
-        keys = {Student.key_of(recipe_with(self.recipe, t.parameters)) for t in trials if t.number in kept}
+        names = {Student.name_of(recipe_with(self.recipe, t.parameters)) for t in trials if t.number in kept}
         folder = self.storage.path(f"{self.location}/{STUDENTS}")
         for student in folder.iterdir() if folder.is_dir() else ():
-            if student.name not in {key[:12] for key in keys}:
+            if student.name not in names:
                 self.storage.remove(f"{self.location}/{STUDENTS}/{student.name}")

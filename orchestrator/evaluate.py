@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.data.dataset import SLICE, Split
-from orchestrator.evaluation.on_ray import Cost, PredictJob, measure_cost, predict_split
+from orchestrator.evaluation.on_ray import Cost, PredictJob, measure_cost, predict_inputs, predict_split
 from orchestrator.evaluation.predictions import picture_of, write_predictions, write_samples
 from orchestrator.evaluation.report import TestRows, write_report
 from orchestrator.evaluation.scores import evaluate_predictions, slice_scores
@@ -69,7 +69,8 @@ class EvaluateStage:
         )  # fmt: skip
         with self.storage.publish(location) as folder:
             write_predictions(folder / PREDICTIONS, split, probabilities, dataset.labels)
-            write_samples(folder / SAMPLES, split, probabilities, dataset.labels, dataset.image_size)
+            write_samples(folder / SAMPLES, split, probabilities, dataset.labels, dataset.image_size,
+                          self._ask(model.model_location, dataset, split))  # fmt: skip
             self._write_report(folder / REPORT, record, model, dataset, probabilities)
             (folder / RECIPE).write_text(to_yaml(self.recipe), encoding="utf-8")
             (folder / RECORD).write_text(record.model_dump_json(indent=2), encoding="utf-8")
@@ -93,6 +94,13 @@ class EvaluateStage:
     def _cost(self, model: str, dataset: DatasetRecord) -> Cost:
         job, placement = self._job(model, dataset, "test")
         return measure_cost(job, placement.cpus_per_worker)
+
+    def _ask(self, model: str, dataset: DatasetRecord, split: Split) -> Callable[[list[bytes]], np.ndarray] | None:
+        """What asks an ensemble about pictures, some of whose members see the image itself in another size; None: none does."""
+        if dataset.image_size is None or split.inputs(np.arange(1)).num_columns == 1:
+            return None
+        job, placement = self._job(model, dataset, "test")
+        return lambda pictures: predict_inputs(job, pictures, placement.cpus_per_worker)
 
     def _job(self, model: str, dataset: DatasetRecord, split: str) -> tuple[PredictJob, Placement]:
         placement = place_workers(self.recipe.training, self.connect().resources)

@@ -7,7 +7,6 @@ whose record is already there under its key does nothing. Ray is started when th
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import tempfile
 import time
@@ -21,19 +20,20 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import orchestrator
 from orchestrator.data.dataset import Split
 from orchestrator.data.encoder import Encoder
+from orchestrator.data.encoders import load_encoder
 from orchestrator.data.prepare import content_key
 from orchestrator.data.prepare import prepare as prepare_dataset
 from orchestrator.data.schema import infer_schema
 from orchestrator.data.sources import Source, open_source
-from orchestrator.errors import ModelNotFound, RecipeError, ServingFailed
-from orchestrator.evaluation.predictions import read_predictions, read_samples
+from orchestrator.errors import ModelNotFound, RecipeError, UserError
+from orchestrator.evaluation.predictions import read_predictions
 from orchestrator.progress import Event, Report, format_seconds, ignore
 from orchestrator.recipe import Model, Recipe
 from orchestrator.recipe_file import parse_recipe
 from orchestrator.records import (
     CompressionRecord,
     DatasetRecord,
-    EndpointRecord,
+    EnsembleRecord,
     EvaluationRecord,
     Hold,
     ModelRecord,
@@ -61,6 +61,7 @@ from orchestrator.tasks import TASKS
 if TYPE_CHECKING:
     from orchestrator.compress import CompressStage
     from orchestrator.evaluate import EvaluateStage
+    from orchestrator.serve import ServeStage
     from orchestrator.tune import TuneStage
 
 _SAMPLE_IMAGES = 64
@@ -139,7 +140,8 @@ class Pipeline:
         decision = records["promote"] = self.promote(model, dataset, evaluation)
         if verb == "promote":
             return decision
-        records["serve"] = self.serve(self.version_to_serve())
+        stage = self.serve_stage()
+        records["serve"] = stage.serve(stage.version_to_serve())
         return {name: r.model_dump(mode="json") if isinstance(r, Record) else r for name, r in records.items()}
 
     def _check_searches(self, verb: str) -> None:
@@ -156,7 +158,13 @@ class Pipeline:
     def prepare(self, model: Model | None = None) -> DatasetRecord:
         """Read, clean, split and encode. ``model``: encode for another model than the recipe's."""
         recipe = self.recipe if model is None else self.recipe.model_copy(update={"model": model})
-        encoder = self.encoder_for(recipe)
+        return self._prepare(recipe, self.encoder_for(recipe))
+
+    def prepare_for(self, encoder: Encoder) -> DatasetRecord:
+        """The same, encoded for a saved model, whose encoder it is."""
+        return self._prepare(self.recipe, encoder)
+
+    def _prepare(self, recipe: Recipe, encoder: Encoder) -> DatasetRecord:
         key = content_key(recipe, encoder, self.source, self.storage)
         return self._once(
             "prepare", key, DatasetRecord,
@@ -233,6 +241,10 @@ class Pipeline:
             raise ModelNotFound(f"version {number} of {version.name} was registered without the record of its training",
                                 "compress the model by its recipe, without --version")  # fmt: skip
         trained = ModelRecord.model_validate_json((folder / MODEL_RECORD).read_text(encoding="utf-8"))
+        if trained.mixture is not None:
+            members = ", ".join(str(member.version) for member in trained.mixture.members)
+            raise UserError(f"version {number} is an ensemble of versions, which cannot be compressed",
+                            f"compress its members ({members}), then join what comes of them")  # fmt: skip
         model = trained.model_copy(update={"model_location": f"{version.location}/{MODEL}"})
         recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
         dataset = self.prepare(recipe.model)
@@ -240,7 +252,9 @@ class Pipeline:
         compressed = self._compress(stage, model, dataset)
         evaluation = self.evaluate(compressed.model, dataset)
         promoted = self.promote(compressed.model, dataset, evaluation, (number,))
-        records = {"compress": compressed, "evaluate": evaluation, "promote": promoted}
+        return self._told(compress=compressed, evaluate=evaluation, promote=promoted)
+
+    def _told(self, **records: Record) -> dict[str, Any]:
         told = {name: record.model_dump(mode="json") for name, record in records.items()}
         return {"stage": "run", "name": self.recipe.name, **told}
 
@@ -253,6 +267,23 @@ class Pipeline:
         recipe = recipe_with(trained_by or self.recipe, study.winner.parameters if study else {})
         recipe = recipe.model_copy(update={"storage": self.storage.url})
         return CompressStage(recipe, self.storage, lambda: self.session, self.report, self.evaluate_stage.validated)
+
+    # ------------------------------------------------------------------------------------------------------ ensemble
+
+    def join_versions(self, versions: str, combine: str, weights: str) -> dict[str, Any]:
+        """Join registered versions to one model, and register it. The arguments are those of ``Wish.parse``."""
+        from orchestrator.ensemble import EnsembleStage, Wish
+
+        predict = partial(self.evaluate_stage.predict, split="validation", stage="ensemble")
+        stage = EnsembleStage(self.recipe, self.storage, self.registry, self.prepare_for, predict, self.report)
+        group = stage.group(Wish.parse(versions, combine, weights))
+        dataset = self.prepare_for(group.encoding[0])
+        record = self._once(
+            "ensemble", stage.key(group, dataset), EnsembleRecord, lambda: stage.ensemble(group, dataset)
+        )
+        evaluation = self.evaluate(record.model, dataset)
+        promoted = self.promote(record.model, dataset, evaluation, group.wish.versions)
+        return self._told(ensemble=record, evaluate=evaluation, promote=promoted)
 
     # ------------------------------------------------------------------------------------------------------ evaluate
 
@@ -319,92 +350,27 @@ class Pipeline:
         return Answers(*read_predictions(self.storage.fetch(evaluation.location) / PREDICTIONS))
 
     def _answers_of_champion(self, champion: VersionRecord, dataset: DatasetRecord) -> Answers:
-        """The champion's answers on today's test rows: those it gave already, or given now if the data has changed."""
+        """The champion's answers on today's test rows: those it gave already, or given now if the data has changed. Of the same
+        data, encoded for another model, they are the same rows."""
         folder = self.registry.open(champion)
         earlier = EvaluationRecord.model_validate_json((folder / EVALUATION).read_text(encoding="utf-8"))
         if earlier.dataset == dataset.key:
             return self._answers(earlier)
+        encoded_for_it = self.prepare_for(load_encoder(folder / MODEL))
+        if earlier.dataset == encoded_for_it.key:
+            return self._answers(earlier)
         self.report(Event("promote", message=f"the data has changed: asking version {champion.version} again"))
-        recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
-        encoded_for_it = self.prepare(recipe.model)
         probabilities = self.evaluate_stage.predict(f"{champion.location}/{MODEL}", encoded_for_it, "test", "promote")
         split = Split(self.storage.fetch(encoded_for_it.location, verify=False), "test")
         return Answers(split.column("row").to_numpy(), split.labels, probabilities.argmax(axis=1))
 
     # --------------------------------------------------------------------------------------------------------- serve
 
-    def version_to_serve(self, version: int | None = None) -> VersionRecord:
-        """The given version, or the champion. Raises ServingFailed when there is none."""
-        if version is not None:
-            return self.registry.get(self.recipe.name, version)
-        champion = self._champion()
-        if champion is None:
-            raise ServingFailed(f"{self.recipe.name} has no champion", "see why: orchestrator promote, then serve")
-        return champion
+    def serve_stage(self) -> ServeStage:
+        from orchestrator.serve import ServeStage
 
-    def serve(self, version: VersionRecord) -> EndpointRecord:
-        """Put a version behind the endpoint: on the cluster, or in a background process of this machine."""
-        from orchestrator.serving.host import find_host, start_host
-
-        if self.address or os.environ.get("RAY_ADDRESS"):
-            return self._deploy(version, self.session, pid=None)
-        self.close_session()  # the endpoint's own Ray needs the cores
-        started = time.monotonic()
-        host = find_host(self.storage, self.recipe.serving.port)
-        if host is None:
-            self.report(Event("serve", message=f"starting the endpoint on port {self.recipe.serving.port}"))
-            host = start_host(self.recipe, self.storage, version.version)
-            return self._endpoint(version, host.url, host.address, host.pid, time.monotonic() - started)
-        self.report(Event("serve", message=f"updating the endpoint at {host.url}"))
-        with connect(host.address, token_path=host.token_path) as session:
-            return self._deploy(version, session, pid=host.pid)
-
-    def serve_in_foreground(self, version: int | None) -> dict[str, Any]:
-        """Serve from this process until it gets SIGTERM or SIGINT, then let requests finish and stop."""
-        from orchestrator.serving.host import Host, announce, wait_for_signal, withdraw
-        from orchestrator.serving.on_ray import check_port, shutdown
-
-        port = self.recipe.serving.port
-        check_port(self.recipe.serving.host, port)  # before Ray is started for nothing
-        session = self.session
-        endpoint = self._deploy(self.version_to_serve(version), session, pid=os.getpid())
-        announce(self.storage, port, Host(os.getpid(), session.address, session.token_path, endpoint.url))
-        self.report(Event("serve", message=f"{endpoint.url} is up; Ctrl-C stops it"))
-        try:
-            wait_for_signal()
-        finally:
-            withdraw(self.storage, port)
-            shutdown()
-        return {"stage": "serve", "stopped": True}
-
-    def stop_serving(self) -> dict[str, Any]:
-        """Take the endpoint down; on a cluster, this model only."""
-        from orchestrator.serving.host import stop_host
-
-        if self.address or os.environ.get("RAY_ADDRESS"):
-            from orchestrator.serving.on_ray import undeploy
-
-            return {"stage": "serve", "stopped": bool(self.session) and undeploy(self.recipe.name)}
-        return {"stage": "serve", "stopped": stop_host(self.storage, self.recipe.serving.port)}
-
-    def _deploy(self, version: VersionRecord, session: Session, pid: int | None) -> EndpointRecord:
-        from orchestrator.serving.on_ray import deploy
-        from orchestrator.serving.served import served_version
-
-        started = time.monotonic()
-        known = read_samples(self.registry.open(version) / SAMPLES)
-        url = deploy(served_version(self.registry, version, self.recipe.serving), self.report, known)
-        return self._endpoint(version, url, session.address, pid, time.monotonic() - started)
-
-    def _endpoint(
-        self, version: VersionRecord, url: str, address: str, pid: int | None, seconds: float
-    ) -> EndpointRecord:
-        settings = self.recipe.serving
-        return EndpointRecord(
-            name=version.name, version=version.version, url=url, predict_url=f"{url}/v1/models/{version.name}:predict",
-            host=settings.host, port=settings.port, min_replicas=settings.min_replicas,
-            max_replicas=settings.max_replicas, ray_address=address, pid=pid, seconds=seconds,
-        )  # fmt: skip
+        return ServeStage(self.recipe, self.storage, self.registry, self.address, lambda: self.session,
+                          self.close_session, self.report)  # fmt: skip
 
     # --------------------------------------------------------------------------------------------------------- again
 

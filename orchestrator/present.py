@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Values = Mapping[str, Any]
@@ -96,6 +96,26 @@ def _compress(v: Values) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+def _join(v: Values) -> list[tuple[str, str]]:
+    model, mixture, apart = v["model"], v["model"]["mixture"], v["model"]["mixture"]["disagreement"]
+    metric = model["best_metric"]
+    alone = {member["version"]: member["validation"] for member in mixture["members"]}
+    shown = metric if metric == "loss" else f"{metric} {{0[{metric}]:.4f}}, loss"
+    shown = f"{shown} {{0[loss]:.4f}}"
+    weights = {"fitted": f"fitted on {v['rows']} validation rows", "given": "as given", "equal": "equal"}
+    better = "better than" if v["is_better"] else "not better than"
+    return [
+        ("ensemble", f"{len(alone)} versions by {_COMBINED[mixture['combine']]}, weights {weights[mixture['weights']]}; "
+                     f"{model['parameters'] / 1e6:.1f} M parameters, {model['size_bytes'] / 1e6:.0f} MB"),
+        *[(f"version {m['version']}", f"weight {m['weight']:.3f}, validation {shown.format(m['validation'])}")
+          for m in mixture["members"]],
+        ("together", f"validation {shown.format(mixture['validation'])}; {better} its best member, version {v['best']} "
+                     f"({metric} {alone[v['best']][metric]:.4f})"),
+        ("disagree", _apart(apart)),
+    ]  # fmt: skip
+
+
+_COMBINED = {"mean": "the mean of their probabilities", "vote": "vote"}
 _ENDS = {"complete": "complete", "pruned": "stopped early", "failed": "failed"}
 
 
@@ -115,9 +135,15 @@ def _ensemble(v: Values, ensemble: Values) -> list[tuple[str, str]]:
         return [("ensemble", f"{members}, each on its own fold")]
     return [
         ("ensemble", f"{members}, together {ensemble['validation'][metric]:.4f}"),
-        ("disagree", f"on {apart['labels']:.1%} of the validation rows; entropy {apart['predictive_entropy']:.3f}, of the "
-                     f"members {apart['member_entropy']:.3f}, mutual information {apart['mutual_information']:.3f} nats"),
-    ]  # fmt: skip
+        ("disagree", _apart(apart)),
+    ]
+
+
+def _apart(apart: Values) -> str:
+    return (
+        f"on {apart['labels']:.1%} of the validation rows; entropy {apart['predictive_entropy']:.3f}, of the "
+        f"members {apart['member_entropy']:.3f}, mutual information {apart['mutual_information']:.3f} nats"
+    )
 
 
 def _folds(folds: Values) -> list[tuple[str, str]]:
@@ -156,6 +182,12 @@ def _promote(v: Values) -> list[tuple[str, str]]:
 
 
 def _serve(v: Values) -> list[tuple[str, str]]:
+    if "rollout" in v:
+        plan = v["rollout"]
+        does = "is asked as well for" if plan["mode"] == "shadow" else "answers"
+        return [("serve", f"{plan['name']} version {plan['candidate']} {does} {plan['share']:.0%} of the requests "
+                          f"({plan['mode']}), beside version {plan['stable']}"),
+                ("watch", f"/v1/models/{plan['name']}/rollout")]  # fmt: skip
     if "stopped" in v:
         return [("serve", "the endpoint is down" if v["stopped"] else "there was no endpoint to stop")]
     return [("serve", f"{v['name']} version {v['version']} answers at {v['url']}"), ("predict", v["predict_url"])]
@@ -166,7 +198,7 @@ def _check(v: Values) -> list[tuple[str, str]]:
 
 
 _STAGES: dict[str, Callable[[Values], list[tuple[str, str]]]] = {
-    "prepare": _prepare, "tune": _tune, "train": _train, "compress": _compress, "evaluate": _evaluate,
+    "prepare": _prepare, "tune": _tune, "train": _train, "compress": _compress, "ensemble": _join, "evaluate": _evaluate,
     "promote": _promote, "serve": _serve, "check": _check,
 }  # fmt: skip
 
@@ -177,3 +209,26 @@ def _interval(interval: Values) -> str:
 
 def _some(items: list[str], limit: int = 8) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def key_made(v: Values, text: str) -> str:
+    return (
+        f"key {v['id']} for {v['name']}: {_opens(v)}\n\n    {text}\n\n"
+        "It is not shown again. Send it as: authorization: Bearer KEY"
+    )
+
+
+def keys_table(known: Sequence[Values]) -> str:
+    if not known:
+        return "no keys yet: orchestrator keys create NAME"
+    rows = [("id", "name", "opens", "inputs today", "made")]
+    rows += [(v["id"], v["name"], _opens(v), str(v["used_today"]), v["created"]) for v in known]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _opens(v: Values) -> str:
+    limits = [f"{v['per_second']:g} requests a second"] * bool(v["per_second"])
+    limits += [f"{v['per_day']} inputs a day"] * bool(v["per_day"])
+    models = f" of {', '.join(v['models'])}" if v["models"] else ""
+    return f"{', '.join(v['scopes'])}{models}" + (f"; at most {' and '.join(limits)}" if limits else "")

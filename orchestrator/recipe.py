@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from orchestrator.recipe_compression import Compression
+from orchestrator.recipe_serving import Serving
 from orchestrator.recipe_tuning import Tuning
 from orchestrator.section import Fraction, Name, Section
 
@@ -358,32 +359,6 @@ class Promotion(Section):
     """Probability, by a paired bootstrap, that the challenger is better, from which it is promoted."""
     at_least: Fraction = 0.0
     """A model below this value of the metric is never promoted."""
-
-
-class Serving(Section):
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 opens the endpoint to the network."""
-    port: int = Field(default=8000, ge=1, le=65_535)
-    min_replicas: int = Field(default=1, ge=1, le=1000)
-    max_replicas: int = Field(default=2, ge=1, le=1000)
-    cpus_per_replica: float = Field(default=1.0, gt=0.0, le=256.0)
-    """CPU cores that each replica reserves, and the threads it computes with."""
-    max_batch_size: int = Field(default=32, ge=1, le=4096)
-    """Instances that are predicted together at most."""
-    latency_budget_ms: float = Field(default=50.0, gt=0.0, le=60_000.0)
-    """What a request may take; the batching window and the autoscaling follow from it."""
-    request_timeout_s: float = Field(default=30.0, gt=0.0, le=3600.0)
-    """A request that is not answered by then is answered with 503."""
-    max_instances: int = Field(default=128, ge=1, le=100_000)
-    """Instances in one request at most."""
-    max_body_bytes: int = Field(default=10_000_000, ge=1_000, le=1_000_000_000)
-    """Size of a request's body at most."""
-
-    @model_validator(mode="after")
-    def _replicas_in_order(self) -> Serving:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas ({self.min_replicas}) must not exceed max_replicas ({self.max_replicas})")
-        return self
 
 
 class Registry(Section):

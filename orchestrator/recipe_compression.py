@@ -16,7 +16,7 @@ from orchestrator.section import Fraction, Section
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 FormName = Literal[
-    "torch-fp32", "torch-bf16",
+    "torch-fp32", "torch-bf16", "torch-compiled-fp32", "torch-compiled-bf16", "torchao-int8-weights",
     "onnxruntime-fp32", "onnxruntime-int8", "onnxruntime-int8-static", "onnxruntime-int4-weights",
     "openvino-fp32", "openvino-bf16", "openvino-int8", "openvino-int8-weights", "openvino-int4-weights",
 ]  # fmt: skip
@@ -64,7 +64,7 @@ class Recovery(Section):
     hidden: float = Field(default=10.0, ge=0.0, le=100.0)
     """Weight of the distance between hidden states of student and teacher: on few rows it keeps what the labels alone would
     have forgotten. 0: the answers alone, which are then asked once for all candidates."""
-    altered: Fraction = 0.75
+    altered: Fraction = 0.95
     """Share of the texts that are altered anew in each epoch, with tokens and halves of others, for the teacher to answer: what
     keeps the student from learning few rows by heart."""
     fake_int8: bool = False
@@ -107,7 +107,7 @@ class Compression(Section):
     units: Share = 1.0
     """Share of the feed-forward units that stays."""
     filters: Share = 1.0
-    """Share of a convolutional network's filters that stays."""
+    """Share of a convolutional network's filters that stays, those with more work counted more."""
     vocabulary: Share = 1.0
     """Share of the rows in the table of tokens that stays: those of the most frequent tokens in the training rows. The
     tokenizer stays as it is; a rare token reads the row of the one that is most like it."""
@@ -115,7 +115,7 @@ class Compression(Section):
     """Cut texts to this many tokens. None: as the uncompressed model does."""
     tokens: int | None = Field(default=None, ge=1, le=8192)
     """How many tokens of a text reach the last layer, at most: each layer passes on those that its attention looked at most,
-    eight times as many in the second layer. None: all."""
+    eight times as many in the second layer. None: all. Without effect where fewer than three layers are left."""
     rank: Share = 1.0
     """Linear layers as products of two thinner ones: share of the rank at which both cost as much as the one; 1: as they
     are."""

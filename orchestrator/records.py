@@ -2,7 +2,7 @@
 
     prepare  -> DatasetRecord        tune     -> StudyRecord              train   -> ModelRecord
     compress -> CompressionRecord    evaluate -> EvaluationRecord         promote -> VersionRecord | Hold
-    serve    -> EndpointRecord
+    serve    -> EndpointRecord       ensemble -> EnsembleRecord
 
 ``location`` is always relative to the storage root, so a storage folder can be moved or mounted elsewhere.
 """
@@ -123,6 +123,29 @@ class Ensemble(Record):
     """None where ``validation`` is."""
 
 
+class MixtureMember(Record):
+    """A registered version in an ensemble of versions."""
+
+    version: int
+    model: str
+    """Key of its ModelRecord."""
+    backbone: str
+    weight: float
+    validation: dict[str, float]
+    """What it scores alone."""
+
+
+class MixtureOfVersions(Record):
+    """How registered versions answer as one."""
+
+    members: tuple[MixtureMember, ...]
+    combine: Literal["mean", "vote"]
+    weights: Literal["equal", "fitted", "given"]
+    validation: dict[str, float]
+    """Of all together."""
+    disagreement: Disagreement
+
+
 class PrivacySpent(Record):
     """What a run has spent of it, an upper bound: of the training rows, by the weights."""
 
@@ -165,6 +188,8 @@ class ModelRecord(Record):
     """If there is one: steps, seconds and parameters are sums over the members; epochs are those of the first."""
     parent: str | None = None
     """Key of the model that it was compressed from; what the fields say of training is then that model's."""
+    mixture: MixtureOfVersions | None = None
+    """Of an ensemble of versions; it was not trained itself, so that steps, epochs and seconds are none."""
     form: str | None = None
     """Of a compressed model: runtime and numbers, such as ``openvino-int8``."""
 
@@ -281,6 +306,21 @@ class CompressionRecord(Record):
     report: str
     model: ModelRecord
     """The winner's, loaded afresh and scored again."""
+
+
+class EnsembleRecord(Record):
+    stage: Literal["ensemble"] = "ensemble"
+    name: str
+    key: str
+    location: str
+    rows: int
+    """Validation rows, which the weights were fitted on if they were fitted."""
+    best: int
+    """The version that scores best alone, by the model's ``best_metric``."""
+    is_better: bool
+    """All together score better than that on the validation rows."""
+    seconds: float
+    model: ModelRecord
 
 
 class EvaluationRecord(Record):

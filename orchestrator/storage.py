@@ -55,6 +55,7 @@ REPORT = "report.html"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.parquet"
 SAMPLES = "samples.json"
+KEY = "key.json"
 REGISTRY_DATABASE = "registry/registry.db"
 STUDIES_DATABASE = "tune/studies.db"
 _CHUNK_BYTES = 1 << 20
@@ -97,6 +98,29 @@ def endpoint_host_file(port: int) -> str:
 def feedback_location(name: str) -> str:
     """What users said about a model's answers."""
     return f"serve/feedback/{name}"
+
+
+def rollout_location(name: str) -> str:
+    """The plan of a model's last rollout, and below it what was counted of each."""
+    return f"serve/rollouts/{name}"
+
+
+def rollouts_log() -> str:
+    """Who started, changed and ended rollouts."""
+    return "serve/rollouts/log"
+
+
+def keys_location() -> str:
+    return "serve/keys"
+
+
+def key_location(number: str) -> str:
+    return f"{keys_location()}/{number}"
+
+
+def usage_file(day: str) -> str:
+    """Inputs per key on a day."""
+    return f"serve/usage/{day}.json"
 
 
 def cache_root() -> Path:
@@ -264,6 +288,7 @@ class Storage:
         if not self.is_local:
             with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_file(f"{self._remote(location)}/{MANIFEST}")
+            with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_dir(self._remote(location))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.candidates import Candidates
 from orchestrator.compression.limits import misses
 from orchestrator.errors import CompressionFailed
+from orchestrator.families import Families
 from orchestrator.progress import Event, Report, format_seconds
 from orchestrator.recipe_compression import Compression
 from orchestrator.records import TrialRecord
@@ -29,13 +30,17 @@ class WatchedCandidates:
     """Its methods are a ``tuning.on_ray.Watcher``'s."""
 
     def __init__(
-        self, study: Study, candidates: Candidates, keeper: Keeper, settings: Compression, before: Mapping[str, float],
-        report: Report,
+        self, study: Study, candidates: Candidates, keeper: Keeper, families: Families, settings: Compression,
+        before: Mapping[str, float], report: Report,
     ) -> None:  # fmt: skip
         self.study, self.candidates, self.keeper, self.settings = study, candidates, keeper, settings
+        self.families = families
         self.before, self.report = before, report
         self.running: dict[int, tuple[Point, float]] = {}
-        self.ended_before = sum(trial.state != "running" for trial in records_of(study))
+        ended = [trial for trial in records_of(study) if trial.state != "running"]
+        self.ended_before = len(ended)
+        for trial in ended:
+            self._look_further(trial)
         self.ended_now, self.failed = 0, list[TrialRecord]()
 
     def begun(self, asked: Asked) -> None:
@@ -56,12 +61,17 @@ class WatchedCandidates:
             kind=measured.kind,
         )  # fmt: skip
         self.keeper.decide(trial)
+        self._look_further(trial)
         self.ended_now += 1
         self.failed += [trial] if trial.state == "failed" else []
         self.report(Event("compress", message=self._told(trial)))
         self._progress()
         if not self.keeper.kept and len(self.failed) == self.ended_now >= _GIVE_UP_AFTER:
             raise CompressionFailed(f"{trial.error} (all {len(self.failed)} candidates failed)", "try another form")
+
+    def _look_further(self, trial: TrialRecord) -> None:
+        """Done again for all when a sweep goes on: a kill may have come between a candidate's end and this."""
+        self.study.enqueue(self.families.after(trial))
 
     def waiting(self) -> None:
         said = "no candidate can begin: something else is using the cluster; see who: ray status, ray list actors"

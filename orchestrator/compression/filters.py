@@ -25,6 +25,8 @@ from orchestrator.models.backbones import Network, TorchvisionNetwork
 
 _MULTIPLE = 8
 _LEAST = 1 / 16
+_COUNTS = 0.5
+"""Power of a channel's work by which its importance is divided. Without it late filters go first, many and cheap."""
 _CONVOLUTION, _BATCH_NORM = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
 _ACROSS = (nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention)
 """What these make of a channel depends on the others: without one, they make something else of all."""
@@ -42,10 +44,12 @@ class _Coupled:
     """Of a grouped convolution, which all lose the same channels; else 1."""
     scores: list[float]
     """Of the channels of one block."""
+    work: float
+    """Of one of these, in the convolutions that make or read it: products per image."""
 
 
 def apply(state: Reshaping, share: float, sample: Sample) -> Reshaping:
-    """Leave this share of all filters that can go; in each place a multiple of 8.
+    """Leave this share of all filters that can go, by the root of their work; in each place a multiple of 8.
 
     Raises:
         RecipeError: torch-pruning is not installed.
@@ -59,7 +63,7 @@ def apply(state: Reshaping, share: float, sample: Sample) -> Reshaping:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of parameters beside modules, which it handles
             graph = _graph(pruning, smaller, sample)
-            groups = _groups(graph, smaller, state.sensitivity.filters)
+            groups = _groups(graph, smaller, state.sensitivity.filters, _positions(smaller, sample))
             gone = _prune(graph, smaller, groups, share)
         result = answers(smaller, sample)
     except CompressionFailed:
@@ -118,7 +122,22 @@ def _graph(pruning: Any, network: nn.Module, sample: Sample) -> Any:
     return pruning.DependencyGraph().build_dependency(network.get_submodule("model"), pixels[:1].to(device))
 
 
-def _groups(graph: Any, network: nn.Module, scores: Scores) -> dict[str, _Coupled]:
+def _positions(network: Network, sample: Sample) -> dict[nn.Module, int]:
+    """Convolution -> at how many places of an image it is computed."""
+    found: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, _: Any, result: torch.Tensor) -> None:
+        found[module] = found.get(module, 0) + result[0, 0].numel()
+
+    convolutions = [module for module in network.modules() if isinstance(module, _CONVOLUTION)]
+    handles = [module.register_forward_hook(note) for module in convolutions]
+    answers(network, {name: tensor[:1] for name, tensor in sample.items()})
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _groups(graph: Any, network: nn.Module, scores: Scores, positions: Mapping[nn.Module, int]) -> dict[str, _Coupled]:
     """By the name of a convolution in it. Channels that a norm across channels reads are left out."""
     names = {id(module): name for name, module in network.named_modules()}
     head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
@@ -130,12 +149,25 @@ def _groups(graph: Any, network: nn.Module, scores: Scores) -> dict[str, _Couple
             channels = _channels(root)
             blocks = max((m.groups for m in modules if _is_grouped(m)), default=1)
             each = _score(group, graph, names, scores, channels).reshape(blocks, -1).sum(0)
-            found[names[id(root)]] = _Coupled(root, prune, channels, blocks, each.tolist())
+            work = blocks * _work(group, graph, positions) / channels
+            found[names[id(root)]] = _Coupled(root, prune, channels, blocks, each.tolist(), work)
     if not found:
         raise CompressionFailed(
             "norms across channels read all of its filters, so that none can go", "leave filters out"
         )
     return found
+
+
+def _work(group: Any, graph: Any, positions: Mapping[nn.Module, int]) -> float:
+    """Products per image, in all convolutions that make or read the group's channels."""
+    total = 0.0
+    for item in group:
+        module = item.dep.target.module
+        if module in positions:
+            makes = graph.is_out_channel_pruning_fn(item.dep.handler)
+            weights = module.weight.numel() / (module.out_channels if makes else module.in_channels)
+            total += len(item.idxs) * weights * positions[module]
+    return max(total, 1.0)
 
 
 def _is_grouped(module: Any) -> bool:
@@ -157,7 +189,8 @@ def _score(group: Any, graph: Any, names: Mapping[int, str], scores: Scores, cha
 
 def _prune(graph: Any, network: nn.Module, groups: Mapping[str, _Coupled], share: float) -> dict[str, list[int]]:
     """In place. Convolution, linear layer or batch norm -> positions, in its channels at the start, that went."""
-    kept = keep_best({name: g.scores for name, g in groups.items()}, share, lambda size: math.ceil(size * _LEAST))
+    work = {name: g.work**_COUNTS for name, g in groups.items()}
+    kept = keep_best({n: g.scores for n, g in groups.items()}, share, lambda size: math.ceil(size * _LEAST), work)
     names = {id(module): name for name, module in network.named_modules()}
     alive = {name: list(range(_outputs(m))) for name, m in network.named_modules() if _outputs(m)}
     gone: dict[str, list[int]] = {}

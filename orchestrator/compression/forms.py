@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.compression import onnx_form, openvino_form, program_form
+from orchestrator.compression import onnx_form, openvino_form, program_form, torchao_form
 from orchestrator.compression.apart import convert_apart, failing_clearly
 from orchestrator.compression.tracing import Batch
 from orchestrator.models.backbones import Network
+from orchestrator.models.compiled import has_compiler
 from orchestrator.models.hardware import has_bf16
 from orchestrator.models.runtimes import EXTRAS, is_installed, needed
 
@@ -28,16 +29,13 @@ class Form:
     library: str
     """In config.json, which says what loads it."""
     packages: tuple[str, ...]
-    """What must be importable to make it; the first one, to use it."""
+    """What must be importable to make it."""
     needs_calibration: bool
     """Whether the batches' values count, beside their shapes."""
     convert: Callable[[Network, Sequence[Batch], Path], None]
     """Write it from within this process."""
     needs_bf16: bool = False
-
-    @property
-    def package(self) -> str | None:
-        return self.packages[0] if self.packages else None
+    needs_compiler: bool = False
 
     def write(self, network: Network, batches: Sequence[Batch], folder: Path) -> None:
         """Write the network's files and config.json into an existing folder. The network stays as it is.
@@ -61,6 +59,9 @@ _OPENVINO = ("openvino", "nncf")
 FORMS: Mapping[str, Form] = {form.name: form for form in (
     Form("torch-fp32", "program", (), False, program_form.write_fp32),
     Form("torch-bf16", "program", (), False, program_form.write_bf16, needs_bf16=True),
+    Form("torch-compiled-fp32", "compiled", (), False, program_form.write_compiled_fp32, needs_compiler=True),
+    Form("torch-compiled-bf16", "compiled", (), False, program_form.write_compiled_bf16, needs_bf16=True, needs_compiler=True),
+    Form("torchao-int8-weights", "program", ("torchao",), False, torchao_form.write_int8_weights, needs_bf16=True),
     Form("onnxruntime-fp32", "onnxruntime", _ONNX, False, onnx_form.write_fp32),
     Form("onnxruntime-int8", "onnxruntime", _ONNX, False, onnx_form.write_int8),
     Form("onnxruntime-int8-static", "onnxruntime", _ONNX, True, onnx_form.write_int8_static),
@@ -84,4 +85,6 @@ def _missing(form: Form) -> str:
         return f"needs {', '.join(missing)}: pip install 'ray-orchestrator[{EXTRAS[missing[0]]}]'"
     if form.needs_bf16 and not has_bf16(torch.device("cpu")):
         return "this processor has no bf16 in hardware, and would be slower with it"
+    if form.needs_compiler and not has_compiler():
+        return "needs a C++ compiler, g++ or clang, wherever it is loaded for the first time"
     return ""

@@ -24,7 +24,7 @@ from orchestrator.models.runtimes import OPENVINO_FILE, Answering, is_installed,
 _GROUP = 64
 """Weights that share a scale, in int4."""
 _COPIED_BYTES = 128_000_000
-"""Of weights, at most, where each length has a graph, and so weights, of its own."""
+"""Of weights, at most, where what comes alone has graphs, and so weights, of its own."""
 _FEWEST_LENGTHS, _MOST_LENGTHS, _LENGTH_STEP = 4, 8, 16
 _MASK = "attention_mask"
 
@@ -75,7 +75,10 @@ def _write(
     copies = min(_MOST_LENGTHS, _COPIED_BYTES // weights)
     is_for_lengths = traced.is_text and copies >= _FEWEST_LENGTHS
     lengths, padding = _lengths(traced, batches, copies) if is_for_lengths else ((), 0)
-    Answering("openvino", traced.classes, traced.names, traced.parameters, precision, lengths, padding).write(folder)
+    alone = not traced.is_text and copies >= 1
+    Answering("openvino", traced.classes, traced.names, traced.parameters, precision, lengths, padding, alone).write(
+        folder
+    )
 
 
 def _lengths(traced: Traceable, batches: Sequence[Batch], most: int) -> tuple[tuple[int, ...], int]:

@@ -11,6 +11,9 @@ from orchestrator.recipe_tuning import Dimension
 
 FORM = "compression.form"
 _RECOVERY = "compression.recovery."
+_TEXTS = "compression.max_tokens"
+"""What is cut off a text no training brings back: three quarters of 128 tokens turn 3% of the labels of reviews
+(docs/log.md). It is left to the sampler."""
 _SHARES: dict[str, tuple[float, ...]] = {
     "layers": (0.17, 0.34, 0.5, 0.67, 1.0), "heads": (0.34, 0.5, 1.0), "units": (0.25, 0.5, 1.0), "vocabulary": (0.15, 1.0),
     "filters": (0.35, 0.5, 0.7, 1.0),
@@ -23,8 +26,9 @@ _LAYERS = "compression.layers"
 _RUNGS = ((0.5, 1.0), (0.0, 1.0), (0.0, 0.75))
 """How much is left of what can be taken out, and of the layers, in candidates that show how far it can go. A layer is missed
 most: half of the heads, or 85% of the vocabulary, can go from MiniLM without any recovery (docs/log.md)."""
-_RUNGS_IN = 2
-"""Forms."""
+_WHOLE = 3
+"""One of so many candidates is the whole network, at most, in the first place."""
+_FORMS_OF_A_STUDENT = 3
 _SHORTEST = 16
 """Tokens that texts are cut to, at least."""
 _LAST_TOKENS, _FEWEST_LAST = 8, 4
@@ -49,25 +53,36 @@ def usual_space(
     return {path: Dimension.model_validate(dimension) for path, dimension in space.items()}
 
 
-def first_points(dimensions: Mapping[str, Dimension], own: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """What no sampler has to find out: the network as it is in the first forms of int8, in these a ladder with less and less
-    left of everything, of the layers last, and the network as it is in every other form.
+def first_points(dimensions: Mapping[str, Dimension], own: dict[str, Any] | None, trials: int) -> list[dict[str, Any]]:
+    """What no sampler has to find out: the network as it is in its forms, those of int8 first, and in the first of these a
+    ladder with less and less left of everything, of the layers last.
 
-    ``own``: the recipe's values, if all lie within their dimensions.
+    ``own``: the recipe's values, if all lie within their dimensions. ``trials``: how many there will be, not all of which
+    are spent on the network as it is.
     """
     forms = dimensions[FORM].values if FORM in dimensions else ()
-    small = [form for form in forms if form.endswith("int8")][:_RUNGS_IN]
+    small = [form for form in forms if form.endswith("int8")]
     plain = [{**own, FORM: form} for form in sorted(forms, key=lambda form: form not in small)] if own else []
-    shares = {path: _falling(path, d) for path, d in dimensions.items() if not path.startswith((FORM, _RECOVERY))}
+    shares = {
+        path: _falling(path, d) for path, d in dimensions.items() if not path.startswith((FORM, _RECOVERY, _TEXTS))
+    }
     if not own or not shares or not all(shares.values()):
         return plain
     rungs = [
         {path: _left(values, layers if path == _LAYERS else others) for path, values in shares.items()}
         for others, layers in _RUNGS
     ]
-    ladder = [own | rung | ({FORM: form} if form else {}) for form in small or [None] for rung in rungs]
-    points = plain[: len(small)] + ladder + plain[len(small) :]
+    ladder = [own | rung | ({FORM: small[0]} if small else {}) for rung in rungs]
+    points = plain[: max(1, trials // _WHOLE)] + ladder
     return [point for number, point in enumerate(points) if point not in points[:number]]
+
+
+def others_of(point: dict[str, Any], forms: Sequence[str], ranking: Sequence[str]) -> list[dict[str, Any]]:
+    """The same student in further forms: exporting and measuring it costs little beside training it. ``ranking``: forms that
+    the whole network was tried in, the best first."""
+    ranked = [*(form for form in ranking if form in forms), *(form for form in forms if form not in ranking)]
+    further = [form for form in ranked if form != point.get(FORM)]
+    return [point | {FORM: form} for form in further[: _FORMS_OF_A_STUDENT - 1]]
 
 
 def _left(falling: Sequence[Any], share: float) -> Any:

@@ -1,7 +1,8 @@
-"""The forms that torch itself computes: operators and weights as plain data, for ``models/program.py`` to read.
+"""The forms that torch itself computes: operators and weights as plain data.
 
-In: a network and a batch. Out: ``program.json``, ``model.safetensors`` and config.json in a folder. ``torch.export`` traces;
-what depends on weights alone is computed here once, batch norms become part of the convolutions before them.
+In: a network and a batch. Out: ``program.json``, ``model.safetensors`` and config.json in a folder, for ``models/program.py``
+to read or ``models/compiled.py`` to compile. ``torch.export`` traces; what depends on weights alone is computed here once,
+batch norms become part of the convolutions before them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from orchestrator.compression.tracing import Batch, Traceable, quiet, traceable
 from orchestrator.errors import CompressionFailed
 from orchestrator.models.backbones import Network
+from orchestrator.models.compiled import CompiledNetwork
 from orchestrator.models.program import ENUMERATIONS, FORMAT, PROGRAM, PROGRAM_WEIGHTS, SIZES
 from orchestrator.models.runtimes import Answering
 
@@ -32,15 +34,29 @@ _UNCHANGED = ("dropout", "alias", "detach", "detach_", "lift_fresh_copy")
 
 
 def write_fp32(network: Network, batches: Sequence[Batch], folder: Path) -> None:
-    _write(traceable(network, batches), folder, "fp32")
+    write_traced(traceable(network, batches), folder, "fp32")
 
 
 def write_bf16(network: Network, batches: Sequence[Batch], folder: Path) -> None:
     """Weights and everything but the logits in bf16: half the bytes."""
-    _write(traceable(network, batches, torch.bfloat16), folder, "bf16")
+    write_traced(traceable(network, batches, torch.bfloat16), folder, "bf16")
 
 
-def _write(traced: Traceable, folder: Path, precision: str) -> None:
+def write_compiled_fp32(network: Network, batches: Sequence[Batch], folder: Path) -> None:
+    """For inductor; compiled at once, to see that it can be."""
+    write_traced(traceable(network, batches), folder, "fp32", compiled=True)
+    with quiet():
+        CompiledNetwork.load(folder)
+
+
+def write_compiled_bf16(network: Network, batches: Sequence[Batch], folder: Path) -> None:
+    write_traced(traceable(network, batches, torch.bfloat16), folder, "bf16", compiled=True)
+    with quiet():
+        CompiledNetwork.load(folder)
+
+
+def write_traced(traced: Traceable, folder: Path, precision: str, *, compiled: bool = False) -> None:
+    """Raises CompressionFailed where it has what a program cannot."""
     with quiet(), torch.no_grad():
         program = traced.exported()
         steps, weights, output = _written(program)
@@ -48,7 +64,8 @@ def _write(traced: Traceable, folder: Path, precision: str) -> None:
     content = {"format": FORMAT, "inputs": [f"input_{i}" for i in range(len(traced.names))], "steps": steps,
                "output": output}  # fmt: skip
     (folder / PROGRAM).write_text(json.dumps(content), encoding="utf-8")
-    Answering("program", traced.classes, traced.names, traced.parameters, precision).write(folder)
+    library, shapes = ("compiled", tuple(tuple(t.shape) for t in traced.example)) if compiled else ("program", ())
+    Answering(library, traced.classes, traced.names, traced.parameters, precision, shapes=shapes).write(folder)
 
 
 Written = tuple[list[dict[str, Any]], dict[str, torch.Tensor], str]
@@ -104,14 +121,15 @@ class _Writer:
             self._inputs += 1
 
     def _call(self, node: fx.Node) -> None:
+        if self._depends_on_weights_alone(node):
+            self.known[node] = node.target(*map(self._held, node.args), **node.kwargs)  # type: ignore[operator]
+            return
         name = _operator(node.target)
         short = name.split(".")[1]
         if short in _CHECKS:
             return
         if short in _UNCHANGED:
             self._same(node, node.args[0])
-        elif self._depends_on_weights_alone(node):
-            self.known[node] = node.target(*map(self._held, node.args), **node.kwargs)  # type: ignore[operator]
         elif short == "batch_norm" and self._into_convolution(node):
             pass
         else:
@@ -127,8 +145,11 @@ class _Writer:
         return fx.node.map_arg(argument, self.known.__getitem__)
 
     def _depends_on_weights_alone(self, node: fx.Node) -> bool:
-        inputs = node.all_input_nodes
-        return bool(inputs) and all(one in self.known for one in inputs) and isinstance(_meta(node), torch.Tensor)
+        inputs, result = node.all_input_nodes, _meta(node)
+        if not inputs or any(one not in self.known for one in inputs) or not isinstance(result, torch.Tensor):
+            return False
+        # what is stored in int8 stays so until it is used
+        return not (result.is_floating_point() and any(self.known[one].dtype is torch.int8 for one in inputs))
 
     def _step(self, node: fx.Node, name: str) -> None:
         self.names[node] = node.name

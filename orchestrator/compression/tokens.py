@@ -8,7 +8,7 @@ of MiniLM with six layers, the last two read 16 of 70 tokens without any loss (d
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from orchestrator.compression.sensitivity import Sensitivity
 from orchestrator.errors import CompressionFailed
 from orchestrator.models import post_norm
 from orchestrator.models.backbones import Network, TransformersNetwork
+from orchestrator.recipe import Training
 
 _LEAST_WORK = 1 / 16
 """Share of the tokens that counts for a layer with however few: its weights have to be read all the same."""
@@ -38,6 +39,8 @@ def apply(state: Reshaping, most: int, sample: Sample) -> Reshaping:
     if not isinstance(network, TransformersNetwork) or not post_norm.is_supported(network.model):
         raise CompressionFailed("its forward pass is its library's own, which reads all tokens", "leave tokens out")
     layers = post_norm.layer_count(network.model)
+    if layers < 3 and state.layers:  # others went: between the first and the last that are left there is none
+        return state
     if layers < 3:
         raise CompressionFailed(f"it has {layers} layers, and it takes three", "leave tokens out")
     _prove(network, layers, sample)
@@ -68,6 +71,14 @@ def work(state: Reshaping, places: Sequence[str], sample: Sample, *, after: bool
     layers = {f"{row.path}.{name}.": n for n, name in enumerate(state.network.get_submodule(row.path)._modules)}
     numbers = {place: next((n for start, n in layers.items() if place.startswith(start)), 0) for place in places}
     return {place: max(_LEAST_WORK, left[n + after] / length) ** _COUNTS for place, n in numbers.items()}
+
+
+def that_train(methods: Mapping[str, str], training: Training) -> dict[str, str]:
+    """Methods -> nothing, or why not; also where what is left could not be trained on as the recipe asks."""
+    if methods.get("tokens", "unknown") or not training.gradient_checkpointing:
+        return dict(methods)
+    why = "training.gradient_checkpointing needs the library's forward pass, which reads all tokens"
+    return {**methods, "tokens": why}
 
 
 def made_up(network: Network, sample: Sample) -> Sensitivity:

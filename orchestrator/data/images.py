@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from orchestrator.data.encoder import PREPROCESS, Encoded, Unreadable
 from orchestrator.data.sources import SMALL_IMAGE_BYTES
 
-_MAX_PIXELS = 64_000_000
+MAX_PIXELS = 64_000_000
 """Larger images are refused before they are decoded: a small file can unfold to gigabytes."""
 
 
@@ -27,16 +27,18 @@ class ImageEncoder:
     """Upright, RGB, the shorter side resized to ``image_size``, the centre cut out."""
 
     kind: ClassVar[Literal["image"]] = "image"
+    max_pixels: int = MAX_PIXELS
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         """``image_size`` in pixels; ``mean`` and ``std`` of each channel of values within 0 and 1."""
         self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
 
     def columns(self) -> list[pa.Field]:
-        return [pa.field("pixels", pa.binary(self._bytes))]
+        return [pa.field("pixels", pa.binary(self.row_bytes))]
 
     @property
-    def _bytes(self) -> int:
+    def row_bytes(self) -> int:
+        """Pixels of one image: a byte for each of three channels."""
         return self.image_size * self.image_size * 3
 
     @cached_property
@@ -54,22 +56,24 @@ class ImageEncoder:
         pixels = [result for result in results if isinstance(result, bytes)]
         broken = tuple(Unreadable(i, result) for i, result in enumerate(results) if isinstance(result, str))
         flat = pa.py_buffer(b"".join(pixels))
-        return Encoded({"pixels": pa.Array.from_buffers(pa.binary(self._bytes), len(pixels), [None, flat])}, broken)
+        return Encoded({"pixels": pa.Array.from_buffers(pa.binary(self.row_bytes), len(pixels), [None, flat])}, broken)
 
     def decode(self, content: bytes) -> bytes | str:
         """Pixels in HWC order, or the reason why there are none."""
+        return self.square(content, self.image_size)
+
+    def square(self, content: bytes, size: int) -> bytes | str:
+        """The same, ``size`` pixels wide and high."""
         try:
             with Image.open(io.BytesIO(content)) as image:
-                if image.width * image.height > _MAX_PIXELS:
-                    return f"has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}"
-                image.draft("RGB", (self.image_size, self.image_size))  # JPEG: decode at a fraction of the size
+                if image.width * image.height > self.max_pixels:
+                    return f"has {image.width} x {image.height} pixels, more than {self.max_pixels}"
+                image.draft("RGB", (size, size))  # JPEG: decode at a fraction of the size
                 ImageOps.exif_transpose(image, in_place=True)
-                return ImageOps.fit(
-                    to_rgb(image), (self.image_size, self.image_size), Image.Resampling.BILINEAR
-                ).tobytes()
+                return ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BILINEAR).tobytes()
         except UnidentifiedImageError:
             return "is not an image of a known format"
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        except Exception as error:  # noqa: BLE001  of damaged files each format's reader raises what it comes upon
             return f"cannot be decoded ({str(error) or type(error).__name__})"
 
     def lengths(self, table: pa.Table) -> np.ndarray:
@@ -82,8 +86,8 @@ class ImageEncoder:
     def pixels(self, table: pa.Table) -> torch.Tensor:
         """uint8 [rows, 3, image_size, image_size]."""
         column = table["pixels"].combine_chunks()
-        start = column.offset * self._bytes
-        flat = np.frombuffer(column.buffers()[1], np.uint8)[start : start + len(column) * self._bytes]
+        start = column.offset * self.row_bytes
+        flat = np.frombuffer(column.buffers()[1], np.uint8)[start : start + len(column) * self.row_bytes]
         shaped = flat.reshape(len(column), self.image_size, self.image_size, 3)
         return torch.from_numpy(shaped.transpose(0, 3, 1, 2).copy())
 

@@ -75,6 +75,18 @@ def predict_here(job: PredictJob, threads: int) -> np.ndarray:
     return _joined(parts, sum(len(rows) for rows, _ in parts))
 
 
+def predict_inputs(job: PredictJob, inputs: Sequence[Any], cpus_per_worker: float) -> np.ndarray:
+    """Probabilities [rows, classes] of raw inputs, which are none of the job's split."""
+    options = {"num_cpus": cpus_per_worker, "num_gpus": 1 if job.device == "cuda" else 0}
+    answers: np.ndarray = ray.get(ray.remote(**options)(_predict_inputs).remote(job, inputs))
+    return answers
+
+
+def _predict_inputs(job: PredictJob, inputs: Sequence[Any]) -> np.ndarray:
+    model = load_model(Storage(job.storage).fetch(job.model), device=job.device)
+    return model.probabilities(pa.table(model.encoder.encode(inputs).columns))
+
+
 def measure_cost(job: PredictJob, cpus_per_worker: float) -> Cost:
     """Latency of single inputs and throughput in batches, on an otherwise idle worker."""
     options = {"num_cpus": cpus_per_worker, "num_gpus": 1 if job.device == "cuda" else 0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,24 @@ def write_predictions(path: Path, split: Split, probabilities: np.ndarray, label
 
 
 def write_samples(
-    path: Path, split: Split, probabilities: np.ndarray, labels: Sequence[str], image_size: int | None
-) -> None:
+    path: Path, split: Split, probabilities: np.ndarray, labels: Sequence[str], image_size: int | None,
+    ask: Callable[[list[bytes]], np.ndarray] | None = None,
+) -> None:  # fmt: skip
     """Some rows as a client would send them, with what was answered: who serves the model asks it again.
 
-    JSON: ``[{"input": TEXT or {"b64": PNG}, "scores": {LABEL: PROBABILITY}}, ...]``, evenly spread over the rows.
+    JSON: ``[{"input": TEXT or {"b64": PNG}, "scores": {LABEL: PROBABILITY}}, ...]``, evenly spread over the rows. ``ask``:
+    gives the probabilities of pictures, of a model that does not see an image as its picture alone.
     """
     rows = np.unique(np.linspace(0, len(split) - 1, _SAMPLES).round().astype(np.int64))
+    answers = probabilities[rows]
     if image_size is None:
         inputs: list[Any] = split.column("raw", rows).to_pylist()
     else:
-        inputs = [{"b64": base64.b64encode(picture_of(split, int(row), image_size)).decode()} for row in rows]
-    samples = [{"input": given, "scores": dict(zip(labels, map(float, probabilities[row]), strict=True))}
-               for given, row in zip(inputs, rows, strict=True)]  # fmt: skip
+        pictures = [picture_of(split, int(row), image_size) for row in rows]
+        answers = ask(pictures) if ask else answers
+        inputs = [{"b64": base64.b64encode(picture).decode()} for picture in pictures]
+    samples = [{"input": given, "scores": dict(zip(labels, map(float, answer), strict=True))}
+               for given, answer in zip(inputs, answers, strict=True)]  # fmt: skip
     path.write_text(json.dumps(samples), encoding="utf-8")
 
 

@@ -6,23 +6,25 @@ In: a backbone's name, weights, labels. Out: a ``Network``: called with the enco
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from orchestrator.data.combined import part
 from orchestrator.data.torchvision_ops import ensure_torchvision
 from orchestrator.errors import BackboneError, CompressionFailed, IntegrityError, RecipeError
 from orchestrator.models import post_norm
-from orchestrator.models.ensemble import log_mean_probabilities
+from orchestrator.models.ensemble import Mixture, log_mean_probabilities
 from orchestrator.models.recomputing import recompute_sequences
 from orchestrator.recipe import Model
 from orchestrator.storage import MEMBERS
@@ -79,6 +81,10 @@ class Network(nn.Module):
         A context manager: leaving it ends this.
         """
         raise TypeError(f"{type(self).__name__} is abstract")
+
+    def in_bf16(self) -> Network:
+        """A copy that stores and multiplies bf16; itself where there is nothing to store."""
+        return copy.deepcopy(self).to(torch.bfloat16)
 
     def train(self, mode: bool = True) -> Self:
         """As always, but a batch norm whose parameters are frozen keeps its statistics, and uses them."""
@@ -230,30 +236,43 @@ class TorchvisionNetwork(Network):
 
 
 class EnsembleNetwork(Network):
-    """Networks of the same labels as one; its logits are the log of the mean of the members' probabilities."""
+    """Networks of the same labels as one; its logits are the log of the mean of the members' probabilities, or of what a
+    mixture makes of them."""
 
-    def __init__(self, members: Sequence[Network]) -> None:
+    def __init__(self, members: Sequence[Network], mixture: Mixture | None = None) -> None:
+        """``mixture``: None for members that have equal weights, the same inputs and the same order of labels."""
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members, self.mixture = nn.ModuleList(members), mixture
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        return log_mean_probabilities(torch.stack([member(**inputs).float() for member in self.members]))
+        if self.mixture is None:
+            return log_mean_probabilities(torch.stack([member(**inputs).float() for member in self.members]))
+        seen = {number: part(inputs, number) for number in set(self.mixture.encoders)}
+        numbered = zip(self.members, self.mixture.encoders, strict=True)
+        return self.mixture.answer([member(**seen[number]) for member, number in numbered])
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return cls([load_network(folder / MEMBERS / str(number)) for number in range(config["members"])])
+        members = [load_network(folder / MEMBERS / str(number)) for number in range(config["members"])]
+        return cls(members, Mixture.read(config["mixture"]) if "mixture" in config else None)
 
     def save(self, folder: Path) -> None:
-        write_ensemble_config(folder, len(self.members))
+        write_ensemble_config(folder, len(self.members), self.mixture)
         for number, member in enumerate(self.members):
             place = folder / MEMBERS / str(number)
             place.mkdir(parents=True)
             member.save(place)  # type: ignore[operator]
 
+    def in_bf16(self) -> Network:
+        members = cast(list[Network], list(self.members))
+        halved = [member.in_bf16() for member in members]
+        same = all(new is old for new, old in zip(halved, members, strict=True))
+        return self if same else EnsembleNetwork(halved, self.mixture).eval()
 
-def write_ensemble_config(folder: Path, members: int) -> None:
-    config = {"library": "ensemble", "members": members}
+
+def write_ensemble_config(folder: Path, members: int, mixture: Mixture | None = None) -> None:
+    config = {"library": "ensemble", "members": members} | ({"mixture": mixture.settings()} if mixture else {})
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
@@ -267,6 +286,7 @@ BUILT_UPON: Mapping[str, tuple[str, str]] = {
     "onnxruntime": ("orchestrator.models.runtimes", "OnnxRuntimeNetwork"),
     "openvino": ("orchestrator.models.runtimes", "OpenVinoNetwork"),
     "program": ("orchestrator.models.runtimes", "ProgramNetwork"),
+    "compiled": ("orchestrator.models.compiled", "CompiledNetwork"),
 }
 """Library -> module and class of networks that build upon the ones here, and are therefore imported when one is loaded."""
 

@@ -12,10 +12,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.encoders import load_encoder
 from orchestrator.models.backbones import Network, load_network, write_ensemble_config
+from orchestrator.models.ensemble import Mixture
 from orchestrator.storage import MEMBERS, verify_manifest
 
 LABELS = "labels.json"
@@ -42,10 +43,22 @@ class SavedModel:
     task: str
     card: dict[str, Any]
     device: torch.device
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What a torch network multiplies in. What another runtime computes has its own."""
+
+    def in_bf16(self) -> SavedModel:
+        """A copy whose network stores and multiplies bf16, but for what another runtime computes."""
+        return replace(self, network=self.network.in_bf16(), precision="bf16")
+
+    def autocast(self) -> torch.autocast:
+        """What whoever calls the network does within."""
+        # Pixels come in fp32; tokens do not, and without autocast each product is spared a look.
+        pixels = self.precision == "bf16" and self.encoder.kind == "image"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=pixels)
 
     def probabilities(self, rows: pa.Table) -> np.ndarray:
         """Encoded rows -> float32 probabilities [rows, classes]."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self.autocast():
             inputs = {name: tensor.to(self.device) for name, tensor in self.encoder.collate(rows).items()}
             probabilities: np.ndarray = self.network(**inputs).float().softmax(dim=-1).cpu().numpy()
         return probabilities
@@ -66,14 +79,22 @@ def save_surroundings(folder: Path, encoder: Encoder, labels: tuple[str, ...], c
 
 
 def save_ensemble(folder: Path, members: Sequence[Path]) -> None:
-    """Write saved models of the same task and labels as one into an existing folder. Copies, so that it stands alone."""
+    """Write saved models of the same task, labels and encoder as one into an existing folder, which holds copies of them."""
+    labels = json.loads((members[0] / LABELS).read_text(encoding="utf-8"))
+    save_mixture(folder, members, None, load_encoder(members[0]), labels, {})
+
+
+def save_mixture(
+    folder: Path, members: Sequence[Path], mixture: Mixture | None, encoder: Encoder, labels: Sequence[str],
+    card: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """The same of models of one task that ``mixture`` joins. ``encoder``: of all together; ``card``: what else it tells."""
     for number, member in enumerate(members):
         shutil.copytree(member, folder / MEMBERS / str(number))
     cards = [json.loads((member / CARD).read_text(encoding="utf-8")) for member in members]
-    write_ensemble_config(folder, len(members))
-    load_encoder(members[0]).save(folder)
-    shutil.copyfile(members[0] / LABELS, folder / LABELS)
-    _write_json(folder / CARD, {"task": cards[0]["task"], "parameters": sum(card["parameters"] for card in cards)})
+    write_ensemble_config(folder, len(members), mixture)
+    counted = {"task": cards[0]["task"], "parameters": sum(card["parameters"] for card in cards)}
+    save_surroundings(folder, encoder, tuple(labels), counted | dict(card))
 
 
 @contextlib.contextmanager

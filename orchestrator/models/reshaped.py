@@ -209,25 +209,6 @@ def base_of(network: Network) -> dict[str, Any]:
     )
 
 
-def no_dropout(network: Network) -> None:
-    """In place. What a network that learns from another one must not learn by heart, the other one tells; dropping parts of
-    what little is left of it only slows it down."""
-    model = network.get_submodule("model")
-    parts = [
-        *model.modules(),
-        *([model.config] if hasattr(model, "config") else []),
-    ]  # by which it is built when loaded
-    for part in parts:
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
-        for name, value in list(vars(part).items()):
-            if "drop" in name and isinstance(value, float):  # what functions are called with
-                setattr(part, name, 0.0)
-    if isinstance(network, ReshapedNetwork):
-        told = network.blueprint
-        network.blueprint = _described(network.inner, told.base, told.layers, told.sparse)
-
-
 def sparse_weights(network: nn.Module) -> list[str]:
     """Names of the matrices and filters that have zeros; an embedding has some for the padding token."""
     tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}

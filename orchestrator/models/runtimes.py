@@ -27,9 +27,12 @@ from orchestrator.models.program import move_constants, read_program
 
 ONNX_FILE = "model.onnx"
 OPENVINO_FILE = "model.xml"
-_TOKENS = "input_ids"
+_TOKENS, _MASK = "input_ids", "attention_mask"
+_FEW = 16
+"""Texts that are computed one after another, each as short as it is: faster than a batch whose shape is new."""
 EXTRAS: Mapping[str, str] = {
     "onnx": "compress", "onnxscript": "compress", "onnxruntime": "compress", "openvino": "openvino", "nncf": "openvino",
+    "torchao": "torchao",
 }  # fmt: skip
 """Package -> the extra of this project that brings it."""
 
@@ -50,6 +53,10 @@ class Answering:
     """Ascending: numbers of tokens that a text which comes alone is padded to, each with a graph of its own."""
     padding: int = 0
     """Token that it is padded with."""
+    alone: bool = False
+    """Whether an image that comes alone has a graph of its own."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of an example's tensors, for a program that is compiled."""
 
     @classmethod
     def read(cls, folder: Path) -> Answering:
@@ -57,7 +64,8 @@ class Answering:
         try:
             return cls(config["library"], config["classes"], tuple(config["inputs"]), config["parameters"],
                        config.get("precision", "fp32"), tuple(config.get("lengths", ())),
-                       config.get("padding", 0))  # fmt: skip
+                       config.get("padding", 0), config.get("alone", False),
+                       tuple(tuple(shape) for shape in config.get("shapes", ())))  # fmt: skip
         except (KeyError, TypeError) as error:
             raise IntegrityError(f"{folder / CONFIG} lacks {error}", "compress the model again") from None
 
@@ -71,11 +79,16 @@ class RuntimeNetwork(Network):
     def __init__(self, answering: Answering) -> None:
         super().__init__()
         self.answering = answering
+        self.arranges_rows = False
+        """Whether it sees to padding itself, and is best given all rows at once."""
         self.stated_parameters = answering.parameters
         """For ``count_parameters``: what a runtime holds are no torch parameters."""
 
     def save(self, folder: Path) -> None:
         raise TypeError(f"a {type(self).__name__} is not saved again: copy the folder it was loaded from")
+
+    def in_bf16(self) -> Network:
+        return self  # it computes as it was exported
 
     def recompute(self) -> None:
         raise TypeError(f"a {type(self).__name__} cannot be trained")
@@ -103,15 +116,18 @@ class OnnxRuntimeNetwork(RuntimeNetwork):
 class OpenVinoNetwork(RuntimeNetwork):
     """``model.xml`` and ``model.bin``, compiled by OpenVINO for the CPU.
 
-    A batch whose shape is not that of the one before costs a small network more than its products do. So a text that comes
-    alone is padded to one of few lengths, whose graphs never see another shape.
+    A batch whose shape is not that of the one before costs a small network more than its products do. So what comes alone has
+    graphs that never see another shape: of an image one, of a text some, to whose lengths it is padded.
     """
 
-    def __init__(self, answering: Answering, compiled: Any, singles: Mapping[int, Any]) -> None:
-        """``singles``: for each of ``answering.lengths``, compiled for one text of so many tokens."""
+    def __init__(self, answering: Answering, compiled: Any, singles: Mapping[int, Any], alone: Any = None) -> None:
+        """``singles``: for each of ``answering.lengths``, compiled for one text of so many tokens. ``alone``: for one input as
+        it is."""
         super().__init__(answering)
         self._request = compiled.create_infer_request()
         self._singles = {tokens: one.create_infer_request() for tokens, one in singles.items()}
+        self._alone = alone.create_infer_request() if alone else None
+        self.arranges_rows = bool(singles)
         self._lock = threading.Lock()
 
     @classmethod
@@ -120,33 +136,47 @@ class OpenVinoNetwork(RuntimeNetwork):
         precision = "bf16" if answering.precision == "bf16" and has_bf16(torch.device("cpu")) else "f32"
         file, threads = folder / OPENVINO_FILE, torch.get_num_threads()
         singles = {n: openvino_compiled(_for_one(file, n), precision, threads) for n in answering.lengths}
-        return cls(answering, openvino_compiled(file, precision, threads), singles)
+        alone = openvino_compiled(_for_one(file), precision, threads) if answering.alone else None
+        return cls(answering, openvino_compiled(file, precision, threads), singles, alone)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        request, arrays = self._fitting(_arrays(inputs, self.answering))
+        arrays = _arrays(inputs, self.answering)
+        rows = len(next(iter(arrays.values())))
         with self._lock:  # a request holds its own tensors
-            result = request.infer([arrays[name] for name in self.answering.inputs], share_inputs=True)
-            logits = np.array(result[0], np.float32)
+            if rows == 1 or (self._singles and rows <= _FEW):
+                singly = ({name: array[[row]] for name, array in arrays.items()} for row in range(rows))
+                logits = np.concatenate([self._infer(*self._fitting(one)) for one in singly])
+            else:
+                logits = self._infer(self._request, arrays)
         return torch.from_numpy(logits).to(_device_of(inputs))
 
     def _fitting(self, arrays: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
-        """Who answers these, and what it is given."""
-        rows, tokens = next(iter(arrays.values())).shape[:2]
-        length = next((n for n in self.answering.lengths if n >= tokens), None) if rows == 1 else None
+        """Who answers this one input, and what it is given."""
+        if self._alone:
+            return self._alone, arrays
+        tokens = next(iter(arrays.values())).shape[1]
+        if _MASK in arrays:  # what a longer neighbour made it be padded with
+            tokens = int(np.flatnonzero(arrays[_MASK])[-1]) + 1
+        length = next((n for n in self.answering.lengths if n >= tokens), None)
         if length is None:
             return self._request, arrays
         padded = {}
         for name, array in arrays.items():
             padded[name] = np.full((1, length), self.answering.padding if name == _TOKENS else 0, array.dtype)
-            padded[name][:, :tokens] = array
+            padded[name][:, :tokens] = array[:, :tokens]
         return self._singles[length], padded
 
+    def _infer(self, request: Any, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        result = request.infer([arrays[name] for name in self.answering.inputs], share_inputs=True)
+        return np.array(result[0], np.float32)
 
-def _for_one(file: Path, tokens: int) -> Any:
-    """The openvino.Model in ``file``, for one text of so many tokens."""
+
+def _for_one(file: Path, tokens: int | None = None) -> Any:
+    """The openvino.Model in ``file``, for one text of so many tokens, or one input whose other sizes are all known."""
     openvino = needed("openvino")
     model = openvino.Core().read_model(str(file))
-    model.reshape({port: openvino.PartialShape([1, tokens]) for port in model.inputs})
+    sizes = {port: list(port.partial_shape)[1:] if tokens is None else [tokens] for port in model.inputs}
+    model.reshape({port: openvino.PartialShape([1, *rest]) for port, rest in sizes.items()})
     return model
 
 
@@ -162,7 +192,8 @@ class ProgramNetwork(RuntimeNetwork):
         return cls(Answering.read(folder), read_program(folder))
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.module(*(inputs[name] for name in self.answering.inputs))
+        with torch.autocast(_device_of(inputs).type, enabled=False):  # of an ensemble, whose other members may want it
+            logits: torch.Tensor = self.module(*(inputs[name] for name in self.answering.inputs))
         return logits
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:

@@ -10,21 +10,28 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
+OWN_REQUEST_ID = "known-answers"
+"""Of what a deployment asks to see whether the endpoint answers as it should: no user sent it, and it is not recorded."""
 _MAX_TEXT_CHARACTERS = 1_000_000
-_LABEL, _PROBABILITIES = "label", "probabilities"
+LABEL, PROBABILITIES = "label", "probabilities"
 
 Input = str | bytes
 """A text, or the bytes of an image file."""
+Role = Literal["stable", "candidate", "shadow"]
+"""Of a version that answered: the one that usually does, one that is rolled out beside it, or either of them for comparison
+only."""
 
 
 class ApiError(Exception):
-    """An answer other than 200: ``{"error": {"code", "message", "next_step"}}``."""
+    """An answer other than 200: ``{"error": {"code", "message", "next_step"}}``, and under ``/v2``, where the Open Inference
+    Protocol has it a text, ``{"error": "message: next_step", "code"}``."""
 
     def __init__(
         self, status: int, code: str, message: str, next_step: str = "", *, retry_after_s: int | None = None
@@ -33,7 +40,10 @@ class ApiError(Exception):
         self.status, self.code, self.message, self.next_step = status, code, message, next_step
         self.retry_after_s = retry_after_s
 
-    def body(self) -> dict[str, Any]:
+    def body(self, path: str = "") -> dict[str, Any]:
+        """``path``: that was asked."""
+        if path == "/v2" or path.startswith("/v2/"):
+            return {"error": f"{self.message}: {self.next_step}" if self.next_step else self.message, "code": self.code}
         return {"error": {"code": self.code, "message": self.message, "next_step": self.next_step}}
 
 
@@ -51,6 +61,8 @@ class Limits(Shape):
     """Instances in one request at most."""
     max_body_bytes: int
     request_timeout_s: float
+    max_pixels: int | None = None
+    """Of an image; None where there are none."""
 
 
 class ModelInfo(Shape):
@@ -62,23 +74,34 @@ class ModelInfo(Shape):
     input_kind: Literal["text", "image"]
     labels: tuple[str, ...]
     limits: Limits
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What torch multiplies in; a model that another runtime computes has its own."""
 
-    def metadata(self) -> dict[str, Any]:
-        """The Open Inference Protocol's model metadata."""
+    def metadata(self, versions: Sequence[str]) -> dict[str, Any]:
+        """The Open Inference Protocol's model metadata. ``versions``: all that can be asked by their number."""
         return {
             "name": self.model_name,
-            "versions": [self.model_version],
+            "versions": list(versions),
             "platform": "pytorch",
             "inputs": [{"name": self.input_kind, "datatype": "BYTES", "shape": [-1]}],
             "outputs": [
-                {"name": _LABEL, "datatype": "BYTES", "shape": [-1]},
-                {"name": _PROBABILITIES, "datatype": "FP32", "shape": [-1, len(self.labels)]},
+                {"name": LABEL, "datatype": "BYTES", "shape": [-1]},
+                {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, len(self.labels)]},
             ],
             "parameters": {"labels": list(self.labels), "task": self.task},
         }
 
 
 # ----------------------------------------------------------------------------------------------------------- requests
+
+
+EXPLAIN_PARTS = 64
+"""Words, or patches, that an explanation tells apart at most; each costs a prediction."""
+_INSTANCE = {"anyOf": [
+    {"type": "string", "description": "a text"},
+    {"type": "object", "required": ["b64"], "properties": {"b64": {"type": "string"}},
+     "description": "an image file's bytes in base64"},
+]}  # fmt: skip
 
 
 class Image(Shape):
@@ -90,10 +113,7 @@ class PredictRequest(Shape):
     instances: Annotated[
         list[Any],
         Field(min_length=1),
-        WithJsonSchema({"type": "array", "minItems": 1, "items": {"anyOf": [
-            {"type": "string", "description": "a text"},
-            {"type": "object", "required": ["b64"], "properties": {"b64": {"type": "string"}},
-             "description": "an image file's bytes in base64"}]}}),
+        WithJsonSchema({"type": "array", "minItems": 1, "items": _INSTANCE}),
     ]  # fmt: skip
     """Texts for a text model, ``{"b64": ...}`` for an image model."""
 
@@ -107,62 +127,46 @@ class FeedbackRequest(Shape):
     """Which of the request's instances."""
 
 
-class InferInput(Shape):
-    name: str
-    shape: list[int]
-    datatype: str
-    data: list[Any]
-    parameters: dict[str, Any] = {}
-
-
-class InferOutput(Shape):
-    name: str
-    parameters: dict[str, Any] = {}
-
-
-class InferRequest(Shape):
-    inputs: Annotated[list[InferInput], Field(min_length=1)]
-    """One BYTES tensor: texts, or image files in base64."""
-    id: str | None = None
-    outputs: list[InferOutput] = []
-    """Which outputs to send; all when empty."""
-    parameters: dict[str, Any] = {}
+class ExplainRequest(Shape):
+    instance: Annotated[Any, WithJsonSchema(_INSTANCE)]
+    label: str | None = None
+    """Whose score is explained; None: the one that is answered."""
+    method: Literal["auto", "occlusion", "integrated_gradients"] = "auto"
+    """``integrated_gradients`` takes a torch network; ``auto``: that where there is one, else occlusion."""
 
 
 def read_predict(body: bytes, model: ModelInfo) -> list[Input]:
     """Inputs of a ``/v1`` predict request. Raises ApiError 400 (not JSON) or 422 (not what this model takes)."""
-    request = _checked(PredictRequest, body)
-    return _inputs(request.instances, "instances", model)
-
-
-def read_infer(body: bytes, model: ModelInfo) -> tuple[list[Input], InferRequest]:
-    """Inputs of a ``/v2`` infer request, and the request itself. Raises ApiError 400 or 422."""
-    request = _checked(InferRequest, body)
-    if len(request.inputs) != 1:
-        _refuse("inputs", f"must hold the one tensor {model.input_kind!r}, but holds {len(request.inputs)}")
-    tensor = request.inputs[0]
-    for field, value, expected in (("name", tensor.name, model.input_kind), ("datatype", tensor.datatype, "BYTES")):
-        if value != expected:
-            _refuse(f"inputs[0].{field}", f"must be {expected!r}, but is {_shown(value)}")
-    for output in request.outputs:
-        if output.name not in (_LABEL, _PROBABILITIES):
-            _refuse("outputs", f"names {_shown(output.name)}, but there are only 'label' and 'probabilities'")
-    data = list(_flat(tensor.data))
-    if math.prod(tensor.shape) != len(data) or min(tensor.shape, default=0) < 1:
-        _refuse("inputs[0].shape", f"is {_shown(tensor.shape)}, but data holds {len(data)} values")
-    values = [{"b64": value} for value in data] if model.input_kind == "image" else data
-    return _inputs(values, "inputs[0].data", model), request
+    request = checked(PredictRequest, body)
+    return read_inputs(request.instances, "instances", model)
 
 
 def read_feedback(body: bytes, model: ModelInfo) -> FeedbackRequest:
     """A feedback request. Raises ApiError 400 or 422."""
-    request = _checked(FeedbackRequest, body)
+    request = checked(FeedbackRequest, body)
     if request.label not in model.labels:
-        _refuse("label", f"must be one of {', '.join(model.labels[:20])}, but is {_shown(request.label)}")
+        refuse("label", f"must be one of {', '.join(model.labels[:20])}, but is {shown(request.label)}")
     return request
 
 
+def read_explain(body: bytes, model: ModelInfo) -> tuple[Input, ExplainRequest]:
+    """One input, and what is asked of it. Raises ApiError 400 or 422."""
+    request = checked(ExplainRequest, body)
+    if request.label not in (None, *model.labels):
+        refuse("label", f"must be one of {', '.join(model.labels[:20])}, but is {shown(request.label)}")
+    (value,) = read_inputs([request.instance], "instance", model)
+    return value, request
+
+
 # ------------------------------------------------------------------------------------------------------------ answers
+
+
+class Caller(NamedTuple):
+    """Who asks."""
+
+    identity: str | bytes
+    """The same for all requests of one client, or of one content: it stays with one version."""
+    request_id: str
 
 
 class Answers(Shape):
@@ -174,54 +178,34 @@ class Answers(Shape):
     unreadable: dict[int, str] = {}
     """Index of an input -> why it cannot be read."""
     batch_size: int = 0
-    """How many inputs were computed together."""
+    """How many inputs were computed together; 0: nothing had to be computed."""
+    queue_ms: float = 0.0
+    """Between its arrival at the replica and the start of its batch."""
+    tokens: int = 0
+    """That were read of all texts."""
+    arm: Role = "stable"
+    cached: int = 0
+    """How many of the outputs had been computed before."""
 
 
-class PredictAnswer(Shape):
-    predictions: list[dict[str, Any]]
-    model_name: str
-    model_version: str
-    request_id: str
+class Explained(Shape):
+    """What one replica says of one input."""
 
-
-class ErrorDetail(Shape):
-    code: str
-    message: str
-    next_step: str
-
-
-class ErrorAnswer(Shape):
-    error: ErrorDetail
+    version: str
+    explanation: dict[str, Any] = {}
+    """Fields of ``explain.Explanation``."""
+    refused: tuple[str, str] | None = None
+    """Why there is none, and what can be done."""
 
 
 def predict_answer(answers: Answers, model: ModelInfo, request_id: str) -> dict[str, Any]:
     """The body of a ``/v1`` answer. Raises ApiError 422 if an input could not be read."""
-    _refuse_unreadable(answers, "instances")
+    refuse_unreadable(answers, "instances")
     return {
         "predictions": answers.outputs,
         "model_name": model.model_name,
         "model_version": answers.version,
         "request_id": request_id,
-    }
-
-
-def infer_answer(answers: Answers, model: ModelInfo, request: InferRequest, request_id: str) -> dict[str, Any]:
-    """The body of a ``/v2`` answer; probabilities flat, row by row. Raises ApiError 422 if an input is unreadable."""
-    _refuse_unreadable(answers, "inputs[0].data")
-    rows = len(answers.outputs)
-    columns = list(answers.outputs[0]["scores"])
-    flat = [output["scores"][label] for output in answers.outputs for label in columns]
-    tensors = [
-        {"name": _LABEL, "datatype": "BYTES", "shape": [rows], "data": [output["label"] for output in answers.outputs]},
-        {"name": _PROBABILITIES, "datatype": "FP32", "shape": [rows, len(columns)], "data": flat},
-    ]
-    wanted = {output.name for output in request.outputs} or {_LABEL, _PROBABILITIES}
-    return {
-        "model_name": model.model_name,
-        "model_version": answers.version,
-        "id": request.id or request_id,
-        "parameters": {"labels": columns},
-        "outputs": [tensor for tensor in tensors if tensor["name"] in wanted],
     }
 
 
@@ -257,8 +241,8 @@ def parse_json(body: bytes) -> Any:
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {_shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(twice)} is given twice")
     return result
 
 
@@ -276,15 +260,15 @@ def _finite(digits: str) -> float:
 _Request = TypeVar("_Request", bound=Shape)
 
 
-def _checked(shape: type[_Request], body: bytes) -> _Request:
+def checked(shape: type[_Request], body: bytes) -> _Request:
     value = parse_json(body)
     if not isinstance(value, Mapping):
-        _refuse("the body", f"must be a JSON object, but is {_kind(value)}")
+        refuse("the body", f"must be a JSON object, but is {_kind(value)}")
     try:
         return shape.model_validate(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        _refuse(_dotted(first["loc"]), _problem(first, shape))
+        refuse(_dotted(first["loc"]), _problem(first, shape))
 
 
 def _problem(error: Mapping[str, Any], shape: type[Shape]) -> str:
@@ -293,7 +277,7 @@ def _problem(error: Mapping[str, Any], shape: type[Shape]) -> str:
     if error["type"] == "extra_forbidden":
         return f"is not a field; known here are {', '.join(shape.model_fields)}"
     message: str = error["msg"]
-    return f"is not valid: {message[0].lower()}{message[1:]}, but got {_shown(error['input'])}"
+    return f"is not valid: {message[0].lower()}{message[1:]}, but got {shown(error['input'])}"
 
 
 def _dotted(location: Sequence[str | int]) -> str:
@@ -301,25 +285,27 @@ def _dotted(location: Sequence[str | int]) -> str:
     return "".join(parts).lstrip(".")
 
 
-def _inputs(values: Sequence[Any], field: str, model: ModelInfo) -> list[Input]:
-    limit = model.limits.max_instances
-    if len(values) > limit:
-        _refuse(
-            field, f"holds {len(values)} inputs, more than the {limit} this model takes at once", "send fewer at a time"
-        )
-    read = _image if model.input_kind == "image" else _text
+def read_inputs(values: Sequence[Any], field: str, model: ModelInfo) -> list[Input]:
+    check_count(len(values), field, model)
+    read = _image if model.input_kind == "image" else read_text
     return [read(value, f"{field}[{index}]", model) for index, value in enumerate(values)]
 
 
-def _text(value: Any, field: str, model: ModelInfo) -> str:
+def check_count(count: int, field: str, model: ModelInfo) -> None:
+    if count > model.limits.max_instances:
+        refuse(field, f"holds {shown(count)} inputs, more than the {model.limits.max_instances} this model takes at once",
+                "send fewer at a time")  # fmt: skip
+
+
+def read_text(value: Any, field: str, model: ModelInfo) -> str:
     if not isinstance(value, str):
-        _refuse(field, f"must be a text, since {model.model_name} classifies texts, but is {_kind(value)}")
+        refuse(field, f"must be a text, since {model.model_name} classifies texts, but is {_kind(value)}")
     if len(value) > _MAX_TEXT_CHARACTERS:
-        _refuse(field, f"has {len(value)} characters, more than {_MAX_TEXT_CHARACTERS}", "shorten it")
+        refuse(field, f"has {len(value)} characters, more than {_MAX_TEXT_CHARACTERS}", "shorten it")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        _refuse(field, f"holds half a surrogate pair at character {error.start}, which is no text")
+        refuse(field, f"holds half a surrogate pair at character {error.start}, which is no text")
     return value
 
 
@@ -327,34 +313,21 @@ def _image(value: Any, field: str, model: ModelInfo) -> bytes:
     content = value.get("b64") if isinstance(value, Mapping) and set(value) == {"b64"} else None
     if not isinstance(content, str):
         wanted = 'must be {"b64": "..."}' if field.startswith("instances") else "must be an image file in base64"
-        _refuse(field, f"{wanted}, since {model.model_name} classifies images, but is {_kind(value)}")
+        refuse(field, f"{wanted}, since {model.model_name} classifies images, but is {_kind(value)}")
     try:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError):
-        _refuse(field, "is not base64", "encode the image file's bytes in standard base64, without line breaks")
+        refuse(field, "is not base64", "encode the image file's bytes in standard base64, without line breaks")
 
 
-def _flat(values: Sequence[Any]) -> Iterator[Any]:
-    """Tensors may come flat or nested; iterative, since the client decides how deeply."""
-    stack = [iter(values)]
-    while stack:
-        for value in stack[-1]:
-            if isinstance(value, list):
-                stack.append(iter(value))
-                break
-            yield value
-        else:
-            stack.pop()
-
-
-def _refuse_unreadable(answers: Answers, field: str) -> None:
+def refuse_unreadable(answers: Answers, field: str) -> None:
     if answers.unreadable:
         named = [f"{field}[{index}] {reason}" for index, reason in sorted(answers.unreadable.items())]
         more = f" (and {len(named) - 5} more)" if len(named) > 5 else ""
         raise ApiError(422, "unreadable_input", "; ".join(named[:5]) + more, "leave these inputs out, or repair them")
 
 
-def _refuse(field: str, problem: str, next_step: str = "see /docs for the shape of a request") -> NoReturn:
+def refuse(field: str, problem: str, next_step: str = "see /docs for the shape of a request") -> NoReturn:
     raise ApiError(422, "invalid_request", f"{field} {problem}", next_step)
 
 
@@ -363,7 +336,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """At most 60 characters of a client's value, to be put in a message."""
     shown = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else _kind(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

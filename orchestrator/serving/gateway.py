@@ -10,9 +10,10 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,28 +22,37 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import orchestrator
+from orchestrator.serving import openapi as api
+from orchestrator.serving.access import Keys, Scope, admit_any, key_in
+from orchestrator.serving.binary_tensors import EXTENSION, JSON_LENGTH
 from orchestrator.serving.contract import (
+    EXPLAIN_PARTS,
     Answers,
     ApiError,
-    ErrorAnswer,
+    Caller,
+    Explained,
+    ExplainRequest,
     FeedbackRequest,
-    InferRequest,
     Input,
     ModelInfo,
-    PredictAnswer,
     PredictRequest,
     dump_json,
-    infer_answer,
     predict_answer,
+    read_explain,
     read_feedback,
-    read_infer,
     read_predict,
 )
 from orchestrator.serving.envelope import Envelope, Metrics, error_response
+from orchestrator.serving.inference_protocol import infer_answer, read_infer
+from orchestrator.serving.traces import PREDICT, READ, NoTracer, Tracer
 
 _MAX_BYTES_IN_FLIGHT = 256_000_000
 """Of request bodies at any moment: a crowd of large requests is turned away before memory runs out."""
 _RETRY_AFTER_S = 1
+_SCOPES: Mapping[str, Scope] = {"predict": "predict", "infer": "predict", "explain": "predict", "feedback": "feedback"}
+"""Of a key, by route; what is not here any key opens."""
+CLIENT_ID = "x-client-id"
+"""Header by which a client without a key stays with one version while two answer; without it, a content does."""
 _FOLDER = Path(__file__).parent
 
 
@@ -52,69 +62,86 @@ class Models(Protocol):
     async def names(self) -> list[str]:
         """All models that can be asked, sorted."""
 
-    async def describe(self, name: str) -> ModelInfo | None:
-        """None: there is no such model."""
+    async def describe(self, name: str, version: str | None = None) -> ModelInfo | None:
+        """None: there is no such model. ``version``: of the one that is rolled out; any other gives the stable one."""
 
-    async def predict(self, name: str, version: str | None, inputs: Sequence[Input]) -> Answers:
-        """Raises ApiError 503 if no replica takes it, 404 if ``version`` is not the one that answers."""
+    async def predict(self, name: str, version: str | None, inputs: Sequence[Input], caller: Caller) -> Answers:
+        """Raises ApiError 503 if no replica takes it, 404 if ``version`` is none that answers."""
+
+    async def explain(self, name: str, value: Input, asked: ExplainRequest) -> Explained:
+        """Of the stable version. Raises ApiError 503 if no replica takes it."""
 
     async def feedback(self, name: str, entry: dict[str, Any]) -> None:
         """Store it for good."""
+
+    async def rollout(self, name: str) -> dict[str, Any] | None:
+        """What is known of the version that is rolled out beside the stable one; None: there is none."""
+
+    def keys(self, name: str) -> Keys | None:
+        """That open this model; None: it is open to all."""
 
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def build_app(models: Models, *, answers_request_id: bool = True, lifespan: Lifespan | None = None) -> FastAPI:
-    """The app. ``lifespan`` runs around it, as FastAPI's own."""
+def build_app(
+    models: Models, *, lifespan: Lifespan | None = None, metrics: Metrics | None = None, tracer: Tracer | None = None,
+    is_logged: bool = False,
+) -> FastAPI:  # fmt: skip
+    """The app. ``lifespan`` runs around it, as FastAPI's own; ``is_logged``: a line for each request."""
     app = FastAPI(title="Model endpoint", version=orchestrator.__version__, docs_url=None, redoc_url=None,
                   lifespan=lifespan)  # fmt: skip
-    metrics = Metrics()
-    app.add_middleware(Envelope, metrics=metrics, answers_request_id=answers_request_id)
+    metrics, tracer = metrics or Metrics(), tracer or NoTracer()
+    app.add_middleware(Envelope, metrics=metrics, tracer=tracer, is_logged=is_logged)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ApiError, _api_error)
-    Routes(models, metrics).add_to(app)
+    Routes(models, metrics, tracer).add_to(app)
     return app
 
 
 class Routes:
     """The routes; each answers a Response or raises ApiError."""
 
-    def __init__(self, models: Models, metrics: Metrics) -> None:
-        self.models, self.metrics, self.bytes_in_flight = models, metrics, 0
+    def __init__(self, models: Models, metrics: Metrics, tracer: Tracer) -> None:
+        self.models, self.metrics, self.tracer, self.bytes_in_flight = models, metrics, tracer, 0
 
     def add_to(self, app: FastAPI) -> None:
         version = "/v2/models/{name}/versions/{version}"
-        get: list[tuple[str, Any, str]] = [
-            ("/v1/models", self.list_models, "All models"),
-            ("/v1/models/{name}", self.describe, "What a model takes and answers"),
-            ("/v2", self.server, "Open Inference Protocol: server metadata"),
-            ("/v2/health/live", self.live, "The gateway runs"),
-            ("/v2/health/ready", self.ready, "Every model answers"),
-            ("/v2/models/{name}", self.metadata, "Open Inference Protocol: model metadata"),
-            ("/v2/models/{name}/ready", self.model_ready, "The model answers"),
-            (version, self.metadata, "Metadata of one version"),
-            (f"{version}/ready", self.model_ready, "This version answers"),
-            ("/metrics", self.prometheus, "Prometheus metrics"),
-        ]
-        post: list[tuple[str, Any, str, dict[str, Any]]] = [
-            ("/v1/models/{name}:predict", self.predict, "Classify texts or images", PredictRequest.model_json_schema()),
-            ("/v1/models/{name}:feedback", self.feedback, "Tell the right label", FeedbackRequest.model_json_schema()),
-            ("/v2/models/{name}/infer", self.infer, "Open Inference Protocol: infer", _infer_schema()),
-            (f"{version}/infer", self.infer, "Infer with one version", _infer_schema()),
-        ]
-        for path, endpoint, summary in get:
-            app.get(path, summary=summary, response_class=Response)(endpoint)
-        for path, endpoint, summary, schema in post:
-            body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-            answers: dict[int | str, dict[str, Any]] = {
-                code: {"model": ErrorAnswer} for code in (400, 404, 413, 422, 503)
-            }
-            if endpoint == self.predict:
-                answers[200] = {"model": PredictAnswer}
+        metadata, ready = api.of_locked(api.ModelMetadata, error=api.ProtocolError), api.of_v2(api.ModelReady, 404)
+        get: list[tuple[str, Any, str, api.Described]] = [
+            ("/v1/models", self.list_models, "All models", api.of_get(api.ModelList)),
+            ("/v1/models/{name}", self.describe, "What a model takes and answers", api.of_locked(ModelInfo, 405)),
+            ("/v1/models/{name}/rollout", self.rollout, "A new version beside the stable one: both compared",
+             api.of_locked(None)),
+            ("/v2", self.server, "Open Inference Protocol: server metadata", api.of_v2(api.ServerMetadata)),
+            ("/v2/health/live", self.live, "The gateway runs", api.of_v2(api.Live)),
+            ("/v2/health/ready", self.ready, "Every model answers", api.of_v2(api.Ready, 503)),
+            ("/v2/models/{name}", self.metadata, "Open Inference Protocol: model metadata", metadata),
+            ("/v2/models/{name}/ready", self.model_ready, "The model answers", ready),
+            (version, self.version_metadata, "Metadata of one version", metadata),
+            (f"{version}/ready", self.version_ready, "This version answers", ready),
+            ("/metrics", self.prometheus, "Prometheus metrics", api.of_metrics()),
+        ]  # fmt: skip
+        ask, tell, explain = (
+            api.json_body(s.model_json_schema()) for s in (PredictRequest, FeedbackRequest, ExplainRequest)
+        )
+        post: list[tuple[str, Any, str, dict[str, Any], api.Described]] = [
+            ("/v1/models/{name}:predict", self.predict, "Classify texts or images", ask, api.of_post(api.PredictAnswer)),
+            ("/v1/models/{name}:feedback", self.feedback, "Tell the right label", tell, api.of_post(api.FeedbackAnswer)),
+            ("/v1/models/{name}:explain", self.explain, "What each word or patch does for a score", explain,
+             api.of_post(api.ExplainAnswer)),
+            ("/v2/models/{name}/infer", self.infer, "Open Inference Protocol: infer", api.infer_body(), api.of_infer()),
+            (f"{version}/infer", self.infer_version, "Infer with one version", api.infer_body(), api.of_infer()),
+        ]  # fmt: skip
+        # First, so that what is not possible at NAME:predict is told what is: NAME alone would match it as well.
+        for path, endpoint, summary, body, answers in post:
             app.post(path, summary=summary, openapi_extra=body, responses=answers, response_class=Response)(endpoint)
+        for path, endpoint, summary, answers in get:
+            app.get(path, summary=summary, responses=answers, response_class=Response)(endpoint)
         for path, file in (("/", "page.html"), ("/docs", "docs.html")):
             app.get(path, include_in_schema=False, response_class=Response)(_page(_FOLDER / file))
+        app.get("/-/healthz", include_in_schema=False, response_class=Response)(self.healthz)
+        app.openapi = cache(partial(api.describe, app))  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------------------------------------------- asking
 
@@ -122,15 +149,33 @@ class Routes:
         model = await self._model(name, request, "predict")
         async with self._answering(request, model) as body:
             inputs = read_predict(body, model)
-            answers = await self._predict(model, None, inputs)
+            answers = await self._predict(model, None, inputs, body, request)
             return _json(predict_answer(answers, model, request.state.request_id))
 
-    async def infer(self, name: str, request: Request, version: str | None = None) -> Response:
+    async def infer(self, name: str, request: Request) -> Response:
+        return await self._infer(name, None, request)
+
+    async def infer_version(self, name: str, version: str, request: Request) -> Response:
+        return await self._infer(name, version, request)
+
+    async def _infer(self, name: str, version: str | None, request: Request) -> Response:
         model = await self._model(name, request, "infer", version)
         async with self._answering(request, model) as body:
-            inputs, asked = read_infer(body, model)
-            answers = await self._predict(model, version, inputs)
-            return _json(infer_answer(answers, model, asked, request.state.request_id))
+            inputs, asked = read_infer(body, model, request.headers.get(JSON_LENGTH))
+            answers = await self._predict(model, version, inputs, body, request)
+            return _json(*infer_answer(answers, model, asked, request.state.request_id))
+
+    async def explain(self, name: str, request: Request) -> Response:
+        model = await self._model(name, request, "explain")
+        async with self._answering(request, model) as body:
+            value, asked = read_explain(body, model)
+            if (keys := self.models.keys(model.model_name)) is not None:
+                keys.take_inputs(request.state.key, EXPLAIN_PARTS)  # so many variants of it are computed
+            explained = await self.models.explain(model.model_name, value, asked)
+            if explained.refused is not None:
+                raise ApiError(422, "explanation_refused", *explained.refused)
+            known = {"model_name": model.model_name, "model_version": explained.version}
+            return _json(explained.explanation | known | {"request_id": request.state.request_id})
 
     async def feedback(self, name: str, request: Request) -> Response:
         model = await self._model(name, request, "feedback")
@@ -140,56 +185,111 @@ class Routes:
             await self.models.feedback(name, {"time": time, "model_version": model.model_version} | told.model_dump())
             return _json({"stored": True, "request_id": told.request_id})
 
-    async def _predict(self, model: ModelInfo, version: str | None, inputs: Sequence[Input]) -> Answers:
-        answers = await self.models.predict(model.model_name, version, inputs)
-        self.metrics.instances.labels(model.model_name, answers.version).inc(len(inputs))
-        self.metrics.batch_size.labels(model.model_name).observe(answers.batch_size)
+    async def _predict(
+        self, model: ModelInfo, version: str | None, inputs: Sequence[Input], body: bytes, request: Request
+    ) -> Answers:
+        identity: str | bytes = request.headers.get(CLIENT_ID, body)
+        if (keys := self.models.keys(model.model_name)) is not None:
+            keys.take_inputs(request.state.key, len(inputs))
+            identity = request.state.key.id
+        caller = Caller(identity, request.state.request_id)
+        request.state.instances = len(inputs)
+        with self.tracer.span(PREDICT) as span:
+            answers = await self.models.predict(model.model_name, version, inputs, caller)
+            span.set("queue_ms", answers.queue_ms)
+            span.set("batch_size", answers.batch_size)
+        request.state.version, request.state.batch_size = answers.version, answers.batch_size
+        self.metrics.count(model.model_name, answers)
         return answers
 
     # ------------------------------------------------------------------------------------------------------ looking
 
-    async def list_models(self) -> Response:
-        described = [await self.models.describe(name) for name in await self.models.names()]
+    async def list_models(self, request: Request) -> Response:
+        described = [await self.models.describe(name) for name in await self._visible(request)]
         return _json({"models": [model.model_dump() for model in described if model is not None]})
 
     async def describe(self, name: str, request: Request) -> Response:
-        if name.endswith((":predict", ":feedback")):
-            raise ApiError(405, "method_not_allowed", "GET is not possible here", "use POST")
+        if name.endswith((":predict", ":feedback", ":explain")):
+            raise HTTPException(405, headers={"Allow": "POST"})
         return _json((await self._model(name, request, "describe")).model_dump())
 
+    async def rollout(self, name: str, request: Request) -> Response:
+        model = await self._model(name, request, "rollout")
+        told = await self.models.rollout(model.model_name)
+        if told is None:
+            raise ApiError(404, "no_rollout", f"no version of {name} is rolled out beside the stable one",
+                           "start one: orchestrator serve RECIPE --canary 10%")  # fmt: skip
+        return _json(told)
+
     async def server(self) -> Response:
-        return _json({"name": "ray-orchestrator", "version": orchestrator.__version__, "extensions": []})
+        return _json({"name": "ray-orchestrator", "version": orchestrator.__version__, "extensions": [EXTENSION]})
 
     async def live(self) -> Response:
         return _json({"live": True})
+
+    async def healthz(self) -> Response:
+        """What KubeRay asks whether a pod may get requests."""
+        names = await self.models.names()
+        return Response("success" if names else "no model answers yet", 200 if names else 503, media_type="text/plain")
 
     async def ready(self) -> Response:
         if not await self.models.names():
             raise ApiError(503, "not_ready", "no model answers yet", "try again soon", retry_after_s=_RETRY_AFTER_S)
         return _json({"ready": True})
 
-    async def metadata(self, name: str, request: Request, version: str | None = None) -> Response:
-        return _json((await self._model(name, request, "describe", version)).metadata())
+    async def metadata(self, name: str, request: Request) -> Response:
+        return await self._metadata(name, None, request)
 
-    async def model_ready(self, name: str, request: Request, version: str | None = None) -> Response:
+    async def version_metadata(self, name: str, version: str, request: Request) -> Response:
+        return await self._metadata(name, version, request)
+
+    async def _metadata(self, name: str, version: str | None, request: Request) -> Response:
+        model = await self._model(name, request, "describe", version)
+        return _json(model.metadata(await self._versions(name)))
+
+    async def model_ready(self, name: str, request: Request) -> Response:
+        return await self._ready(name, None, request)
+
+    async def version_ready(self, name: str, version: str, request: Request) -> Response:
+        return await self._ready(name, version, request)
+
+    async def _ready(self, name: str, version: str | None, request: Request) -> Response:
         model = await self._model(name, request, "ready", version)
         return _json({"name": model.model_name, "ready": True})
 
-    async def prometheus(self) -> Response:
+    async def prometheus(self, request: Request) -> Response:
+        locks = [keys for name in await self.models.names() if (keys := self.models.keys(name)) is not None]
+        if locks:
+            admit_any(locks, key_in(request.headers))
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # -------------------------------------------------------------------------------------------------- in between
 
     async def _model(self, name: str, request: Request, route: str, version: str | None = None) -> ModelInfo:
         request.state.route = route
-        model = await self.models.describe(name)
+        model = await self.models.describe(name, version)
         if model is None:
-            known = ", ".join(await self.models.names()) or "none yet"
+            known = ", ".join(await self._visible(request)) or "none yet"
             raise ApiError(404, "model_not_found", f"there is no model {name[:80]!r} here", f"models here: {known}")
         request.state.model = name
+        keys = self.models.keys(name)
+        if keys is not None and route != "ready":
+            request.state.key = keys.admit(key_in(request.headers), _SCOPES.get(route), name)
         if version not in (None, model.model_version):
             raise wrong_version(name, version, model.model_version)
         return model
+
+    async def _versions(self, name: str) -> list[str]:
+        """That answer: the stable one, and one that is rolled out beside it."""
+        told = await self.models.rollout(name) or {}
+        found = [await self.models.describe(name, version) for version in (None, told.get("candidate_version"))]
+        return list(dict.fromkeys(model.model_version for model in found if model is not None))
+
+    async def _visible(self, request: Request) -> list[str]:
+        """Names of the models that this request may know of."""
+        shown, names = key_in(request.headers), await self.models.names()
+        locks = {name: self.models.keys(name) for name in names}
+        return [name for name, keys in locks.items() if keys is None or keys.opens(shown, name)]
 
     @asynccontextmanager
     async def _answering(self, request: Request, model: ModelInfo) -> AsyncIterator[bytes]:
@@ -198,17 +298,20 @@ class Routes:
         try:
             async with asyncio.timeout(timeout_s):
                 chunks = []
-                async for chunk in _body(request, model.limits.max_body_bytes):
-                    self._take(len(chunk))
-                    taken += len(chunk)
-                    chunks.append(chunk)
-                yield b"".join(chunks)
+                with self.tracer.span(READ):
+                    async for chunk in _body(request, model.limits.max_body_bytes):
+                        self._take(len(chunk))
+                        taken += len(chunk)
+                        chunks.append(chunk)
+                with _given_up_when_gone(request):
+                    yield b"".join(chunks)
         except TimeoutError:
             raise ApiError(
                 503, "timeout", f"the request was not answered within {timeout_s:g} s",
                 "send fewer instances, or try again later", retry_after_s=_RETRY_AFTER_S,
             ) from None  # fmt: skip
         finally:
+            request.state.bytes_in = taken
             self._take(-taken)
 
     def _take(self, size_bytes: int) -> None:
@@ -239,6 +342,24 @@ async def _body(request: Request, limit_bytes: int) -> AsyncIterator[bytes]:
         received += len(chunk)
         _check_size(received, limit_bytes)
         yield chunk
+
+
+@contextmanager
+def _given_up_when_gone(request: Request) -> Iterator[None]:
+    """Cancels the block when the client hangs up: nobody computes what nobody waits for."""
+    answering = asyncio.current_task()
+    assert answering is not None
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        answering.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
 
 
 def _check_size(size_bytes: int, limit_bytes: int) -> None:
@@ -272,22 +393,19 @@ def _hashes(texts: Sequence[str]) -> str:
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
-def _infer_schema() -> dict[str, Any]:
-    """The schema without references, since it stands inside another document."""
-    schema = InferRequest.model_json_schema()
-    parts = schema.pop("$defs")
-    for field, part in (("inputs", "InferInput"), ("outputs", "InferOutput")):
-        schema["properties"][field]["items"] = parts[part]
-    return schema
-
-
-def _json(value: Any) -> Response:
-    return Response(dump_json(value), media_type="application/json", headers={"x-content-type-options": "nosniff"})
+def _json(value: Any, following: bytes = b"") -> Response:
+    """``following``: binary tensors behind the JSON."""
+    content, headers = dump_json(value), {"x-content-type-options": "nosniff"}
+    if not following:
+        return Response(content, media_type="application/json", headers=headers)
+    headers[JSON_LENGTH] = str(len(content))
+    return Response(content + following, media_type="application/octet-stream", headers=headers)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_response(error)
+    request.state.error = error.code
+    return error_response(error, request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -300,6 +418,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         told = ApiError(
             error.status_code, "not_found", "there is nothing at this address", "see /docs for what there is"
         )
-    response = error_response(told)
+    request.state.error = told.code
+    response = error_response(told, request.url.path)
     response.headers.update(error.headers or {})
     return response

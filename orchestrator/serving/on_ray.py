@@ -1,4 +1,4 @@
-"""Ray Serve: one gateway application, and one application per model behind it.
+"""Ray Serve: one gateway application, and one application per model behind it, or one shelf of many models.
 
 In: where a version's folder is, and the recipe's goals. Out: a URL that answers with that version. Every function
 expects Ray to be connected already. The gateway finds models by asking Serve once a second, so models come, change and
@@ -7,200 +7,46 @@ go without it being deployed again. A new version replaces the old one only once
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import contextlib
-import json
 import logging
-import math
 import re
-import socket
 import time
-import urllib.request
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import ray
-from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
 
-from orchestrator.errors import PortInUse, ServingFailed
+from orchestrator.errors import ServingFailed
 from orchestrator.progress import Event, Report, ignore
-from orchestrator.recipe import Serving
-from orchestrator.serving.contract import Answers, ApiError, Input, Limits, ModelInfo
-from orchestrator.serving.feedback import append_feedback
-from orchestrator.serving.gateway import build_app, overloaded, wrong_version
-from orchestrator.serving.known_answers import check_known_answers
-from orchestrator.serving.served import MODEL_APP, ModelArguments, Served
+from orchestrator.recipe_serving import Listen, Serving, Shelf
+from orchestrator.serving.access import own_key
+from orchestrator.serving.address import Endpoint, check_certificate, check_joining, check_port, url_of
+from orchestrator.serving.contract import Answers
+from orchestrator.serving.gateway_on_ray import GATEWAY, NO_ANSWER, PATIENCE_S, gateway_app
+from orchestrator.serving.known_answers import Ask, check_known_answers, over_http
+from orchestrator.serving.plans import Plan, read_plan, write_end, write_plan
+from orchestrator.serving.replica_on_ray import QUIET, has_room, model_app
+from orchestrator.serving.rollout import Mode
+from orchestrator.serving.served import (
+    CANDIDATE_APP,
+    MODEL_APP,
+    SHELF_APP,
+    GatewayArguments,
+    ModelArguments,
+    Served,
+    ShelfArguments,
+)
+from orchestrator.serving.shelf import Refusal
+from orchestrator.serving.shelf_on_ray import one_at_a_time, shelf_app
 from orchestrator.storage import Storage
 
-log = logging.getLogger(__name__)
-_GATEWAY, _MODEL = "gateway", "Model"
-_LOOK_EVERY_S = 1.0
-_PATIENCE_S = 5.0
-"""How long the gateway waits for a replica to say what it is."""
-_ATTEMPTS, _RETRY_DELAY_S = 4, 0.1
+logging.getLogger("ray.serve").setLevel(logging.WARNING)
 _READY_TIMEOUT_S = 300.0
-_STARTS = 2
-"""How often a replica may fail to start before its version is given up."""
-_GATEWAY_REQUESTS = 2000
-_CONTROLLER = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "orchestrator.serving.front.proxy_middlewares",
-    # On a laptop that is busy, starting the proxy takes longer than Serve's five seconds.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-}
-_NO_ANSWER = (RayActorError, DeploymentUnavailableError)
-
-
-# ----------------------------------------------------------------------------------------------------------- replicas
-
-
-class ModelReplica:
-    """One copy of a model in a process of its own."""
-
-    def __init__(self, served: Served, device: str) -> None:
-        # The gateway imports this file too, and starts sooner without torch.
-        import torch
-
-        from orchestrator.serving.batching import Batcher
-        from orchestrator.serving.predictor import Prediction, Predictor
-
-        torch.set_num_threads(max(1, int(served.settings.cpus_per_replica)))
-        scale = served.scale
-        folder = Storage(served.storage).fetch(served.location, verify=False)  # loading verifies
-        self.served, self.predictor = served, Predictor.from_folder(folder, device, scale.max_batch_size)
-        self.predictor.warm_up()
-        self.batcher: Batcher[Input, Prediction] = Batcher(
-            self.predictor.predict, scale.max_batch_size, scale.batch_wait_timeout_s
-        )
-
-    def describe(self) -> tuple[Served, ModelInfo]:
-        settings, model = self.served.settings, self.predictor.model
-        limits = Limits(max_instances=settings.max_instances, max_body_bytes=settings.max_body_bytes,
-                        request_timeout_s=settings.request_timeout_s)  # fmt: skip
-        return self.served, ModelInfo(
-            model_name=self.served.name, model_version=str(self.served.version), task=model.task,
-            input_kind=model.encoder.kind, labels=model.labels, limits=limits,
-        )  # fmt: skip
-
-    async def predict(self, version: str | None, inputs: Sequence[Input]) -> Answers:
-        """Answers nothing if ``version`` is another than this one's."""
-        if version not in (None, str(self.served.version)):
-            return Answers(version=str(self.served.version), outputs=[])
-        predictions, batch_size = await self.batcher.submit(inputs)
-        return Answers(
-            version=str(self.served.version),
-            outputs=[{} if p.error else self.predictor.answer(p) for p in predictions],
-            unreadable={index: p.error for index, p in enumerate(predictions) if p.error},
-            batch_size=batch_size,
-        )
-
-    async def check_health(self) -> None:
-        """Serve starts another replica if this one can no longer predict."""
-        await self.batcher.submit([self.predictor.sample()])
-
-
-# ------------------------------------------------------------------------------------------------------------ gateway
-
-
-@dataclass
-class _Known:
-    handle: Any
-    served: Served
-    info: ModelInfo
-    seen: tuple[str, float]
-    """Status and time of deployment when it was last asked what it is."""
-
-
-@dataclass
-class RayModels:
-    """The models of this Serve instance, as the gateway sees them."""
-
-    known: dict[str, _Known] = field(default_factory=dict)
-    handles: dict[str, Any] = field(default_factory=dict)
-    asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-
-    @contextlib.asynccontextmanager
-    async def watching(self, app: FastAPI) -> AsyncIterator[None]:
-        """Runs around the gateway: keeps looking which models there are."""
-        task = asyncio.create_task(self._watch())
-        try:
-            yield
-        finally:
-            task.cancel()
-
-    async def _watch(self) -> None:
-        while True:
-            try:
-                await self._look()
-            except Exception:  # without Serve's controller, the models known so far go on being asked
-                log.warning("cannot see which models there are", exc_info=True)
-            await asyncio.sleep(_LOOK_EVERY_S)
-
-    async def _look(self) -> None:
-        """Forget models that are gone; ask what they are those that are new or have changed."""
-        apps = (await asyncio.to_thread(serve.status)).applications
-        seen = {app.removeprefix(MODEL_APP): (status.status.value, status.last_deployed_time_s)
-                for app, status in apps.items()
-                if app.startswith(MODEL_APP) and status.status != "DELETING"}  # fmt: skip
-        for name in (self.known.keys() | self.handles.keys()) - seen.keys():
-            self.known.pop(name, None)
-            self.handles.pop(name, None)
-        for name, state in seen.items():
-            settled = state[0] == "RUNNING" and name in self.known and self.known[name].seen == state
-            if not settled and (name not in self.asking or self.asking[name].done()):
-                self.asking[name] = asyncio.create_task(self._ask(name, state))
-
-    async def _ask(self, name: str, seen: tuple[str, float]) -> None:
-        try:
-            if name not in self.handles:
-                self.handles[name] = await asyncio.to_thread(serve.get_app_handle, MODEL_APP + name)
-            handle = self.handles[name]
-            served, info = await asyncio.wait_for(handle.describe.remote(), _PATIENCE_S)
-        except (*_NO_ANSWER, BackPressureError, RayServeException, TimeoutError):
-            return
-        self.known[name] = _Known(handle, served, info, seen)
-
-    async def names(self) -> list[str]:
-        return sorted(self.known)
-
-    async def describe(self, name: str) -> ModelInfo | None:
-        return self.known[name].info if name in self.known else None
-
-    async def predict(self, name: str, version: str | None, inputs: Sequence[Input]) -> Answers:
-        """Predicting changes nothing, so what a dying replica took with it is asked again of another."""
-        answers: Answers = await self._asked(name, version, inputs)
-        if version not in (None, answers.version):
-            raise wrong_version(name, version, answers.version)
-        return answers
-
-    async def _asked(self, name: str, version: str | None, inputs: Sequence[Input]) -> Any:
-        for attempt in range(_ATTEMPTS):
-            try:
-                return await self.known[name].handle.predict.remote(version, inputs)
-            except BackPressureError:
-                raise overloaded(f"{name} has more requests waiting than it can answer in time") from None
-            except _NO_ANSWER:
-                await asyncio.sleep(_RETRY_DELAY_S * 2**attempt)
-            except KeyError:
-                break
-        raise ApiError(503, "unavailable", f"no replica of {name} answers", "try again soon", retry_after_s=1)
-
-    async def feedback(self, name: str, entry: dict[str, Any]) -> None:
-        await asyncio.to_thread(append_feedback, Storage(self.known[name].served.storage), name, entry)
-
-
-def build_gateway() -> FastAPI:
-    """Called in the gateway's own process. Serve's proxy puts the request id on answers."""
-    models = RayModels()
-    return build_app(models, answers_request_id=False, lifespan=models.watching)
-
-
-# ------------------------------------------------------------------------------------------------------------- doors
 
 
 def deploy(served: Served, report: Report = ignore, known: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -214,42 +60,155 @@ def deploy(served: Served, report: Report = ignore, known: Sequence[Mapping[str,
         ServingFailed: the version did not start, with the reason its replica gave, or does not answer as it did.
     """
     url = _start(served.settings, report)
-    before = _running(served.name)
-    report(Event("serve", message=f"{served.name} version {served.version} starts"))
-    if before and not _has_room(served):
-        report(Event("serve", message="no CPU is free to start it beside the old one: requests wait meanwhile"))
+    own, stood = _running(served.name), _on_shelf().get(served.name)
     try:
-        _submit(served.app, _model_app(served), None)
-        for app in (_GATEWAY, served.app):
-            _wait_running(app)
-        _wait_until_known(url, served)
-        check_known_answers(url, served.name, known, min(served.scale.max_batch_size, served.settings.max_instances))
+        if served.settings.shared:
+            _put_on_shelf(served, report, known)
+        else:
+            _start_own(served, own, stood, report, known)
+        _check_endpoint(served, url, known)
     except ServingFailed:
-        _restore(served, before, report)
+        _put_back(served, own, stood, report)
         raise
+    _end_rollout(served)
     return url
 
 
+def _start_own(
+    served: Served, own: Served | None, stood: Served | None, report: Report, known: Sequence[Mapping[str, Any]]
+) -> None:
+    """Replicas of its own; if it stood on the shelf, they answer as they should before it leaves. Raises ServingFailed."""
+    report(Event("serve", message=f"{served.name} version {served.version} starts"))
+    if own and not has_room(served):
+        report(Event("serve", message="no CPU is free to start it beside the old one: requests wait meanwhile"))
+    _submit(served.app, model_app(served), None)
+    for app in (GATEWAY, served.app):
+        _wait_running(app)
+    if stood is not None:
+        check_known_answers(_through(served.app, "predict", None), served.name, known, _at_once(served))
+        _wait_places(served.name, lambda places: served.app in places)
+        _take_off_shelf(served.name)
+
+
+def _check_endpoint(served: Served, url: str, known: Sequence[Mapping[str, Any]]) -> None:
+    """That clients get this version's answers. Raises ServingFailed."""
+    with own_key(Storage(served.storage), served.name) if served.settings.keys else nullcontext() as key:
+        endpoint = Endpoint(url, key)
+        endpoint.wait_for(served.name, str(served.version))
+        check_known_answers(over_http(endpoint, served.name), served.name, known, _at_once(served))
+
+
+def _at_once(served: Served) -> int:
+    return min(served.scale.max_batch_size, served.settings.max_instances)
+
+
+def roll_out(
+    served: Served, mode: Mode, share: float, report: Report = ignore, known: Sequence[Mapping[str, Any]] = (),
+    registry: str | None = None,
+) -> Plan:  # fmt: skip
+    """Start this version beside the one that answers, and have it answer a share of the requests (``plans.py``); or change
+    the share of a rollout that is under way. The gateway takes it back by itself when it does harm. ``registry``: whose alias
+    moves if it promotes it.
+
+    Raises ServingFailed: no other version of the model answers here, there is no room, or it does not start or answer as it
+    did when it was evaluated. The stable version is not touched.
+    """
+    storage, stable = Storage(served.storage), _running(served.name) or _on_shelf().get(served.name)
+    if stable is None or stable.version == served.version:
+        there = "no version of" if stable is None else f"version {served.version} itself of"
+        raise ServingFailed(f"{there} {served.name} answers here", "serve another first: orchestrator serve RECIPE")
+    app = CANDIDATE_APP + served.name
+    running = _running(served.name, CANDIDATE_APP)
+    if running is not None and running.version == served.version:
+        return write_plan(storage, served.name, stable.version, served.version, mode, share, served.settings, registry)
+    if not has_room(served):
+        raise ServingFailed(
+            f"no {served.settings.cpus_per_replica:g} CPUs are free to start version {served.version} beside the stable one",
+            "lower serving.min_replicas or serving.cpus_per_replica, or add a node",
+        )
+    report(Event("serve", message=f"{served.name} version {served.version} starts beside version {stable.version}"))
+    plan = write_plan(storage, served.name, stable.version, served.version, mode, share, served.settings, registry)
+    try:
+        _submit(app, model_app(served), None)
+        _wait_running(app)
+        check_known_answers(_through(app, "predict", None), served.name, known, _at_once(served))
+    except ServingFailed as error:
+        write_end(storage, plan, "rollback", f"it did not start: {error}", "the deployment")
+        serve.delete(app)
+        raise
+    return plan
+
+
+def _through(app: str, method: str, first: Any, model: str = "") -> Ask:
+    """Asked past the gateway, which may not know it yet. ``first``: of the method's arguments. ``model``: on a shelf, which."""
+
+    def ask(inputs: list[Any]) -> list[dict[str, Any]]:
+        raw = [given if isinstance(given, str) else base64.b64decode(given["b64"]) for given in inputs]
+        try:
+            answers: Answers | Refusal = _called(app, method, _READY_TIMEOUT_S, first, raw, model=model)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise ServingFailed(f"{app} fails to answer ({_last_line(error)})", "see Serve's logs") from None
+        if isinstance(answers, Refusal):
+            told = f" ({answers.reason})" if answers.reason else ""
+            raise ServingFailed(answers.message + told, answers.next_step)
+        return answers.outputs
+
+    return ask
+
+
+def _end_rollout(served: Served) -> None:
+    """Whatever was rolled out beside the version before: this one is the stable one now."""
+    storage, app = Storage(served.storage), CANDIDATE_APP + served.name
+    plan = read_plan(storage, served.name)
+    if plan is not None:
+        kind: Literal["promote", "rollback"] = "promote" if plan.candidate == served.version else "rollback"
+        write_end(storage, plan, kind, f"version {served.version} became the stable one")
+    if app in serve.status().applications:
+        serve.delete(app)
+
+
 def serving_status() -> dict[str, dict[str, Any]]:
-    """Model -> version, status, running replicas and message."""
+    """Model -> version, status, running replicas and message; of one on the shelf, whose replicas are shared, also whether it
+    is loaded."""
     apps = serve.status().applications
-    result = {}
+    result = _shelf_status(apps[SHELF_APP]) if SHELF_APP in apps else {}
     for app, status in apps.items():
         if app.startswith(MODEL_APP):
             name = app.removeprefix(MODEL_APP)
-            replicas = sum(d.replica_states.get("RUNNING", 0) for d in status.deployments.values())
+            replicas = _replicas(status)
             running = _running(name) if replicas else None
             result[name] = {"version": running.version if running else None, "status": status.status.value,
                             "replicas": replicas, "message": status.message}  # fmt: skip
     return result
 
 
+def _shelf_status(status: Any) -> dict[str, dict[str, Any]]:
+    replicas = _replicas(status)
+    models = _on_shelf() if replicas else {}
+    return {
+        name: {"version": served.version, "status": status.status.value, "replicas": replicas, "message": status.message,
+               "loaded": _called(SHELF_APP, "loaded", PATIENCE_S, name, model=served.key)}
+        for name, served in models.items()
+    }  # fmt: skip
+
+
+def _replicas(status: Any) -> int:
+    return sum(deployment.replica_states.get("RUNNING", 0) for deployment in status.deployments.values())
+
+
 def undeploy(name: str) -> bool:
     """Take a model off the endpoint, once its open requests are answered; False if it was not there."""
-    if MODEL_APP + name not in serve.status().applications:
-        return False
-    serve.delete(MODEL_APP + name)
-    return True
+    was_shared = _take_off_shelf(name)
+    return _delete_own(name) or was_shared
+
+
+def _delete_own(name: str) -> bool:
+    """Its applications; False if it had none."""
+    there = serve.status().applications
+    for app in (CANDIDATE_APP + name, MODEL_APP + name):
+        if app in there:
+            serve.delete(app)
+    return MODEL_APP + name in there
 
 
 def shutdown() -> None:
@@ -257,25 +216,24 @@ def shutdown() -> None:
     serve.shutdown()
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises PortInUse if this machine cannot listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortInUse(
-                f"cannot listen on {host} port {port} ({error.strerror})",
-                "stop what listens there, or choose another: --set serving.port=8001",
-            ) from None
-
-
 def gateway_application(arguments: dict[str, Any]) -> Any:
-    """For a Serve config file: the application at ``/`` that answers for all models. It has no arguments."""
-    if arguments:
-        raise ServingFailed(f"the gateway has no arguments, but got {', '.join(arguments)}", "give them to a model")
-    return _gateway_app()
+    """For a Serve config file: the application that answers for all models. It has no route: it listens for itself.
+
+    ``arguments``: as ``GatewayArguments`` says. Raises pydantic's ValidationError that names the wrong one.
+    """
+    wanted = GatewayArguments.model_validate(arguments)
+    listen = Listen(**wanted.model_dump(include=set(Listen.model_fields)))
+    return gateway_app(listen, wanted.doors, wanted.resource)
+
+
+def shelf_application(arguments: dict[str, Any]) -> Any:
+    """For a Serve config file: the application of many models, which must be named ``shelf`` and have no route.
+
+    ``arguments``: as ``ShelfArguments`` says. Raises pydantic's ValidationError that names the wrong one.
+    """
+    wanted = ShelfArguments.model_validate(arguments)
+    terms = Shelf(**wanted.model_dump(include=set(Shelf.model_fields)))
+    return shelf_app(terms, [model.resolve() for model in wanted.models])
 
 
 def model_application(arguments: dict[str, Any]) -> Any:
@@ -283,7 +241,85 @@ def model_application(arguments: dict[str, Any]) -> Any:
 
     ``arguments``: as ``ModelArguments`` says. Raises pydantic's ValidationError that names the wrong one.
     """
-    return _model_app(ModelArguments.model_validate(arguments).resolve())
+    return model_app(ModelArguments.model_validate(arguments).resolve())
+
+
+# --------------------------------------------------------------------------------------------------------- the shelf
+
+
+def _put_on_shelf(served: Served, report: Report, known: Sequence[Mapping[str, Any]]) -> None:
+    """The version loads there and answers as it was evaluated before any client is sent to it; what answered before goes on
+    until then. Raises ServingFailed."""
+    with one_at_a_time():
+        terms, models = _shelf(served.settings.shelf, report)
+        report(Event("serve", message=f"{served.name} version {served.version} comes to the shelf, beside "
+                                      f"{len(models.keys() - {served.name})} models"))  # fmt: skip
+        ask = _through(SHELF_APP, "answer", served, served.key)
+        try:
+            ask([])  # loads it, and says why not
+            check_known_answers(ask, served.name, known, _at_once(served))
+        except ServingFailed:
+            if models.get(served.name) != served:
+                _called(SHELF_APP, "forget", _READY_TIMEOUT_S, served, model=served.key)
+            raise
+        _fill_shelf(terms, models | {served.name: served})
+    _wait_running(GATEWAY)
+    _wait_places(served.name, lambda places: SHELF_APP in places)
+    _delete_own(served.name)
+
+
+def _take_off_shelf(name: str) -> bool:
+    """False if it did not stand there. The last one takes the shelf with it."""
+    if SHELF_APP not in serve.status().applications:
+        return False
+    with one_at_a_time():
+        models = _on_shelf()
+        if name not in models:
+            return False
+        terms: Shelf = _called(SHELF_APP, "listed", _READY_TIMEOUT_S)[0]
+        del models[name]
+        _fill_shelf(terms, models)
+        if not models:
+            _wait_places(name, lambda places: SHELF_APP not in places)  # nobody is sent there any more
+            serve.delete(SHELF_APP)
+    return True
+
+
+def _shelf(wanted: Shelf, report: Report) -> tuple[Shelf, dict[str, Served]]:
+    """Its terms, and what stands there; it is started if it is not there. Raises ServingFailed."""
+    if SHELF_APP not in serve.status().applications:
+        _fill_shelf(wanted, {})
+        return wanted, {}
+    terms, models = _called(SHELF_APP, "listed", _READY_TIMEOUT_S)
+    if terms != wanted:
+        kept = ", ".join(f"{name} {value:g}" for name, value in terms.model_dump().items())
+        report(Event("serve", message=f"the shelf that runs here keeps its own terms ({kept})"))
+    return terms, {served.name: served for served in models}
+
+
+def _fill_shelf(terms: Shelf, models: Mapping[str, Served]) -> None:
+    """Raises ServingFailed."""
+    _submit(SHELF_APP, shelf_app(terms, list(models.values())), None)
+    _wait_running(SHELF_APP)
+
+
+def _on_shelf() -> dict[str, Served]:
+    """What stands there, by name; nothing if the shelf does not answer."""
+    if SHELF_APP not in serve.status().applications:
+        return {}
+    try:
+        return {served.name: served for served in _called(SHELF_APP, "listed", PATIENCE_S)[1]}
+    except (*NO_ANSWER, BackPressureError, RayServeException, TimeoutError):
+        return {}
+
+
+def _wait_places(name: str, right: Callable[[list[str]], bool]) -> None:
+    """Until the places where the gateway could ask the model are right. Raises ServingFailed."""
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while not right(places := _called(GATEWAY, "places", _READY_TIMEOUT_S, name)):
+        if time.monotonic() > deadline:
+            raise ServingFailed(f"the gateway still asks {name} at {places or 'no place'}", "see Serve's logs")
+        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- starting
@@ -291,86 +327,39 @@ def model_application(arguments: dict[str, Any]) -> Any:
 
 def _start(settings: Serving, report: Report) -> str:
     """Serve and the gateway, if they are not there yet; returns the URL at which the gateway is going to answer."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    address = _serve_address()
-    if address is None:
+    wanted = Listen(**{name: getattr(settings, name) for name in Listen.model_fields})
+    there = _listens()
+    if there is None:
         check_port(settings.host, settings.port)
-        address = (settings.host, settings.port)
-        # Serve's controller replaces a proxy that is late; one that has to wait on a busy machine is killed meanwhile,
-        # but a new one comes, and whether it answers is asked below.
-        with contextlib.suppress(RayActorError, TimeoutError):
-            serve.start(
-                # One door with one known address; nodes that share a machine do not fight over the port.
-                proxy_location="HeadOnly",
-                http_options={"host": settings.host, "port": settings.port},
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
-                controller_options={"runtime_env": {"env_vars": _CONTROLLER}},
-            )
-    elif address != (settings.host, settings.port):
-        report(
-            Event("serve", message=f"Serve already listens on {address[0]} port {address[1]}; the model joins there")
-        )
-    if serve.status().applications.get(_GATEWAY) is None:
-        _submit(_GATEWAY, _gateway_app(), "/")
-    return _url(*address)
+        if settings.tls is not None:
+            check_certificate(settings.tls)
+        serve.start(proxy_location="Disabled", logging_config=QUIET)
+        _submit(GATEWAY, gateway_app(wanted), None)
+        return _url(wanted)
+    check_joining(there.host, settings)
+    if there != wanted:
+        report(Event("serve", message=f"Serve already listens at {_url(there)}; the model joins there"))
+    return _url(there)
 
 
-def _serve_address() -> tuple[str, int] | None:
-    """Where this cluster's Serve listens, if it runs."""
-    from ray.serve.context import _get_global_client
-
+def _listens() -> Listen | None:
+    """Where this cluster's gateway listens, if it runs."""
     try:
-        options = _get_global_client().http_config
+        if GATEWAY not in serve.status().applications:
+            return None
+        there: Listen = _called(GATEWAY, "listens", _READY_TIMEOUT_S)
     except RayServeException:
         return None
-    return options.host, options.port
+    return there
 
 
-def _url(host: str, port: int) -> str:
+def _url(listen: Listen) -> str:
     """An address to connect to; one that means every interface becomes the head node's own."""
+    host = listen.host
     if host in {"0.0.0.0", "::", ""}:
         heads = [n["NodeManagerAddress"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]]
         host = heads[0] if heads and heads[0] != ray.util.get_node_ip_address() else "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _gateway_app() -> Any:
-    """It computes nothing, so it reserves no CPU: a 2-core machine keeps room for a model's old and new version."""
-    return serve.deployment(
-        serve.ingress(build_gateway)(),
-        name="Gateway",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=_GATEWAY_REQUESTS,
-        max_surge_percent=100,
-        graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=60.0,
-    ).bind()
-
-
-def _model_app(served: Served) -> Any:
-    scale, settings = served.scale, served.settings
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    # Replicas share the GPUs there are, one share kept free for the next version.
-    share = math.floor(100 * min(1.0, gpus / (settings.max_replicas + 1))) / 100
-    return serve.deployment(
-        ModelReplica,
-        name=_MODEL,
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": share},
-        autoscaling_config=AutoscalingConfig(**scale.autoscaling()),
-        max_ongoing_requests=scale.max_ongoing_requests,
-        max_queued_requests=scale.max_queued_requests,
-        max_constructor_retry_count=_STARTS,
-        # The new replica starts beside the old one where there is room; else requests wait while it takes its place.
-        max_surge_percent=100 if _has_room(served) else 0,
-        health_check_period_s=10.0,
-        health_check_timeout_s=max(30.0, settings.request_timeout_s),
-        graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=settings.request_timeout_s + 5.0,
-    ).bind(served, "cuda" if gpus else "cpu")
-
-
-def _has_room(served: Served) -> bool:
-    return bool(ray.available_resources().get("CPU", 0.0) >= served.settings.cpus_per_replica)
+    return url_of(host, listen.port, listen.tls is not None)
 
 
 def _submit(app: str, target: Any, route_prefix: str | None) -> None:
@@ -407,42 +396,45 @@ def _reason(status: Any) -> str:
     return (raised or [line for line in lines if line] or ["no reason given"])[-1]
 
 
-def _running(name: str) -> Served | None:
-    """What the replicas that answer now are made from."""
-    if MODEL_APP + name not in serve.status().applications:
+def _called(app: str, method: str, timeout_s: float, *arguments: Any, model: str = "") -> Any:
+    """What a replica of it answers. Leaves nothing behind that would go on in this process, and complain when Ray is left."""
+    handle = serve.get_app_handle(app).options(method_name=method, multiplexed_model_id=model)
+    try:
+        return handle.remote(*arguments).result(timeout_s=timeout_s)
+    finally:
+        handle.shutdown()
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _running(name: str, kind: str = MODEL_APP) -> Served | None:
+    """What the replicas that answer now are made from. ``kind``: prefix of the application."""
+    if kind + name not in serve.status().applications:
         return None
     try:
-        served: Served = serve.get_app_handle(MODEL_APP + name).describe.remote().result(timeout_s=_PATIENCE_S)[0]
-    except (*_NO_ANSWER, BackPressureError, RayServeException, TimeoutError):
+        served: Served = _called(kind + name, "describe", PATIENCE_S)[0]
+    except (*NO_ANSWER, BackPressureError, RayServeException, TimeoutError):
         return None
     return served
 
 
-def _restore(served: Served, before: Served | None, report: Report) -> None:
-    """Serve would go on trying to start what failed: give it back what worked, or nothing."""
-    if before is None:
-        undeploy(served.name)
-        return
-    report(Event("serve", message=f"{served.name} version {before.version} goes on answering"))
+def _put_back(served: Served, own: Served | None, stood: Served | None, report: Report) -> None:
+    """What answered before ``served`` came answers again. ``own``, ``stood``: what ran and what stood on the shelf."""
+    for before in (own, stood):
+        if before is not None:
+            report(Event("serve", message=f"{served.name} version {before.version} goes on answering"))
     with contextlib.suppress(ServingFailed):
-        _submit(before.app, _model_app(before), None)
-        _wait_running(before.app)
-
-
-def _wait_until_known(url: str, served: Served) -> None:
-    """The gateway looks once a second; asked here as any client would."""
-    deadline = time.monotonic() + 30.0
-    while time.monotonic() < deadline:
-        if _answered_version(url, served.name) == str(served.version):
-            return
-        time.sleep(0.1)
-    raise ServingFailed(f"{url} does not answer with {served.name} version {served.version}", "see Serve's logs")
-
-
-def _answered_version(url: str, name: str) -> str | None:
-    try:
-        with urllib.request.urlopen(f"{url}/v1/models/{name}", timeout=5.0) as answer:
-            version: str = json.load(answer)["model_version"]
-    except (OSError, ValueError):
-        return None
-    return version
+        if own is None:
+            _delete_own(served.name)
+        elif not served.settings.shared or _running(served.name) != own:
+            # Serve would go on trying to start what failed
+            _submit(own.app, model_app(own), None)
+            _wait_running(own.app)
+        if stood is None:
+            _take_off_shelf(served.name)
+        elif _on_shelf().get(served.name) != stood:
+            with one_at_a_time():
+                terms, models = _shelf(stood.settings.shelf, ignore)
+                _fill_shelf(terms, models | {stood.name: stood})

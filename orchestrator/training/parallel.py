@@ -71,8 +71,7 @@ def state_of(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     """Copies of all tensors, whole and in the processor's memory. With FSDP every worker has to call it, and only the first
     gets them."""
     if is_sharded(network):
-        state: dict[str, Any] = _sharding().whole_state(network, optimizer)
-        return state
+        return copied(_sharding().whole_state(network, optimizer))
     return copied({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
 
 
@@ -87,6 +86,9 @@ def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, state: 
         group["weight_decay"] = decay
 
 
-def copied(state: Any) -> Any:
+def copied(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict with its tensors copied to the processor's memory, so that training may change its own."""
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+    copy: dict[str, Any] = pytree.tree_map_only(
+        torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state
+    )
+    return copy

@@ -31,7 +31,8 @@ def shard(network: nn.Module, blocks: Sequence[nn.Module], device: torch.device,
 
 
 def whole_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Copies of all tensors in the processor's memory; empty on all workers but the first."""
+    """All tensors in the processor's memory, some of them (step counts, buffers) those that training goes on changing;
+    empty on all workers but the first."""
     return {
         "network": get_model_state_dict(network, options=_WHOLE),
         "optimizer": _numbered(get_optimizer_state_dict(network, optimizer, options=_WHOLE), optimizer, network),

@@ -142,6 +142,10 @@ class Space:
         by_path = {parameter.path: parameter for parameter in self.parameters}
         return {path: by_path[path].encode(value) for path, value in point.items()}
 
+    def decode(self, values: Mapping[str, Any]) -> Point:
+        """What was encoded."""
+        return {p.path: p.decode(values[p.path]) for p in self.parameters if p.path in values}
+
     def default(self, learning_rate: float) -> Point | None:
         """The recipe's own values; None if some lie outside the space. ``learning_rate``: what it is if left to the task."""
         values = self.recipe.model_dump(mode="json")

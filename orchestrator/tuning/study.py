@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,12 @@ class Study:
 
     def __init__(
         self, database: str, name: str, tuning: Tuning, space: Space, objectives: Sequence[str], seed: int,
-        *, repeats: bool = True,
+        *, family: Callable[[Point], str] | None = None,
     ) -> None:  # fmt: skip
-        """``repeats``: whether a point may be tried twice."""
+        """``family``: a name for what trials share. The sampler chooses one of each family; more of it are for the caller to
+        enqueue, and begin when one has ended. None: no families, and a point may be tried twice."""
         self.tuning, self.space, self.objectives, self.seed = tuning, space, tuple(objectives), seed
-        self.repeats = repeats
+        self.family = family
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         maximize, minimize = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
         directions = [maximize if o in MAXIMIZED else minimize for o in objectives]
@@ -120,15 +121,11 @@ class Study:
         for point in points:
             self.inner.enqueue_trial(self.space.encode(point), skip_if_exists=True)
 
-    def waiting(self) -> int:
-        """Points that were enqueued and not begun."""
-        return sum(trial.state is TrialState.WAITING for trial in self.trials())
-
     def following(self, trials: int, generations: int = 1) -> Asked | None:
         """The next trial of so many, or of a population the next part of so many for each; None: none, or not yet."""
         parts = self.parts()
         if sum(part.generation == 0 for part in parts) < trials:
-            return self.ask() if self.repeats else self._ask_for_another()
+            return self._ask_for_another(self.family) if self.family else self.ask()
         heir = next_heir(parts, generations, self.space, self.seed)
         return None if heir is None else self._begin(heir)
 
@@ -171,18 +168,30 @@ class Study:
         trial.set_user_attr(POINT, point)
         return Asked(trial.number, point)
 
-    def _ask_for_another(self) -> Asked | None:
-        """A point that no trial has had: one that waits, the sampler's choice, or after some tries one at random. None: all
-        were tried."""
-        if self.waiting():
-            return self.ask()
-        tried = {_fixed(trial.user_attrs[POINT]) for trial in self.trials() if POINT in trial.user_attrs}
-        chosen = next((point for point in self._rehearsed() if _fixed(point) not in tried), None)
-        chosen = chosen or self._any_but(tried)
+    def _ask_for_another(self, family: Callable[[Point], str]) -> Asked | None:
+        """What waits; else of a family that no trial has had, the sampler's choice, or after some tries one at random; else
+        any that was not tried. None: all were, or what is left has to wait for the first of its family."""
+        begun = [(t.user_attrs[POINT], t.state.is_finished()) for t in self.trials() if POINT in t.user_attrs]
+        tried, families = {point_key(point) for point, _ in begun}, {family(point) for point, _ in begun}
+        in_the_making = families - {family(point) for point, is_over in begun if is_over}
+        if (waiting := self._first_waiting()) is not None:
+            return None if family(waiting) in in_the_making else self.ask()
+
+        def is_new(point: Point) -> bool:
+            return family(point) not in families
+
+        def is_left(point: Point) -> bool:
+            return point_key(point) not in tried and family(point) not in in_the_making
+
+        chosen = next(filter(is_new, self._rehearsed()), None) or self._any(is_new) or self._any(is_left)
         if chosen is None:
             return None
-        self.inner.enqueue_trial(self.space.encode(chosen))
+        self.enqueue([chosen])
         return self.ask()
+
+    def _first_waiting(self) -> Point | None:
+        waiting = [trial for trial in self.trials() if trial.state is TrialState.WAITING]
+        return self.space.decode(waiting[0].system_attrs[_FIXED]) if waiting else None
 
     def _rehearsed(self) -> Iterator[Point]:
         """What the sampler chooses, some times over, in a copy of the study: here each choice would use up a number."""
@@ -199,9 +208,10 @@ class Study:
         copy.add_trials([trial for trial in trials if trial.state is not TrialState.WAITING])
         return copy
 
-    def _any_but(self, tried: set[str]) -> Point | None:
-        left = [point for point in self.space.grid() if _fixed(point) not in tried] if self.space.is_finite else []
-        return left[int(np.random.default_rng([self.seed, len(self.trials())]).integers(len(left)))] if left else None
+    def _any(self, wanted: Callable[[Point], bool]) -> Point | None:
+        points = self.space.grid() if self.space.is_finite else []
+        order = np.random.default_rng([self.seed, len(self.trials())]).permutation(len(points))
+        return next((points[i] for i in order if wanted(points[i])), None)
 
     def report(self, number: int, epoch: int, value: float) -> None:
         """An epoch's objective (0-based epoch). Written once: what a resumed trial says again is known."""
@@ -291,7 +301,7 @@ class Study:
         return self.storage.get_trial_id_from_study_id_trial_number(self.inner._study_id, number)
 
 
-def _fixed(point: Point) -> str:
+def point_key(point: Point) -> str:
     return json.dumps(point, sort_keys=True)
 
 

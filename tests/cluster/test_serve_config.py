@@ -11,8 +11,7 @@ from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
-from orchestrator.errors import ServingFailed
-from orchestrator.serving.on_ray import gateway_application, model_application
+from orchestrator.serving.on_ray import gateway_application, model_application, shelf_application
 from orchestrator.serving.served import MODEL_APP, ModelArguments
 
 CLUSTER = Path(__file__).parent.parent.parent / "cluster"
@@ -42,7 +41,6 @@ def test_serve_knows_every_key() -> None:
     values = alone()
     config = ServeDeploySchema.model_validate(values)
     assert not misspelt(values, ServeDeploySchema)
-    assert not misspelt(values["http_options"], type(config.http_options))
     assert not misspelt(values["logging_config"], type(config.logging_config))
     for given, application in zip(values["applications"], config.applications, strict=True):
         assert not misspelt(given, type(application))
@@ -53,8 +51,9 @@ def test_the_gateway_is_built_as_serve_builds_it() -> None:
         gateway_application, alone()["applications"][0].get("args", {})
     )
     assert isinstance(built, Application)
-    with pytest.raises(ServingFailed, match="the gateway has no arguments, but got storage"):
-        call_user_app_builder_with_args_if_necessary(gateway_application, {"storage": "x"})
+    for wrong, told in (({"storage": "x"}, "storage"), ({"host": "0.0.0.0"}, "to the network without tls")):
+        with pytest.raises(ValidationError, match=told):
+            call_user_app_builder_with_args_if_necessary(gateway_application, wrong)
 
 
 def test_a_models_arguments_are_those_its_builder_takes() -> None:
@@ -62,6 +61,17 @@ def test_a_models_arguments_are_those_its_builder_takes() -> None:
     assert ModelArguments.model_validate(arguments).name == "reviews"
     with pytest.raises(ValidationError, match="strorage"):
         call_user_app_builder_with_args_if_necessary(model_application, arguments | {"strorage": "elsewhere"})
+
+
+def test_a_shelf_is_built_with_its_models_as_what_may_change_without_a_restart() -> None:
+    built = call_user_app_builder_with_args_if_necessary(shelf_application, {"bytes": 5_000_000, "models": []})
+    deployment = built._bound_deployment
+    assert deployment.user_config["terms"]["bytes"] == 5_000_000
+    assert deployment.user_config["models"] == []
+    again = call_user_app_builder_with_args_if_necessary(shelf_application, {"bytes": 6_000_000})._bound_deployment
+    assert deployment.version is not None and deployment.version == again.version, "else all replicas would start again"
+    with pytest.raises(ValidationError, match="modells"):
+        call_user_app_builder_with_args_if_necessary(shelf_application, {"modells": []})
 
 
 def test_the_applications_name_builders_that_are_there() -> None:
@@ -72,13 +82,7 @@ def test_the_applications_name_builders_that_are_there() -> None:
 
 def test_one_gateway_answers_and_each_model_has_the_name_that_the_gateway_looks_for() -> None:
     gateway, *models = alone()["applications"]
-    assert gateway["route_prefix"] == "/" and models
+    assert gateway["route_prefix"] is None and models
     for model in models:
         assert model["route_prefix"] is None
         assert model["name"] == MODEL_APP + model["args"]["name"]
-
-
-def test_the_front_door_that_the_config_names_is_there() -> None:
-    (path,) = alone()["controller_options"]["runtime_env"]["env_vars"].values()
-    module, _, name = path.rpartition(".")
-    assert callable(getattr(import_module(module), name))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_networks
 import torch
+from safetensors.torch import load_file
 from small_networks import image_network, pictures, save_around, text_network, texts
 from tiny_networks import tokens
 
@@ -22,14 +24,23 @@ from orchestrator.compression.sensitivity import Sensitivity, measure_sensitivit
 from orchestrator.compression.structure import Structure, reshape
 from orchestrator.compression.tracing import quiet
 from orchestrator.errors import CompressionFailed, IntegrityError, UserError
+from orchestrator.models import compiled
 from orchestrator.models.backbones import EnsembleNetwork, Network, load_network
 from orchestrator.models.checkpoint import count_parameters
+from orchestrator.models.compiled import has_compiler
 from orchestrator.models.hardware import has_bf16
 from orchestrator.models.runtimes import is_installed
 
-HERE = [name for name, form in FORMS.items() if all(is_installed(package) for package in form.packages)]
-EXACT = [name for name in HERE if name.endswith("fp32")]
+HERE = [
+    name
+    for name, form in FORMS.items()
+    if all(is_installed(package) for package in form.packages) and (has_compiler() or not form.needs_compiler)
+]
+EXACT = [name for name in HERE if name.endswith("fp32") and "compiled" not in name]
+"""What is compiled is the program of torch-fp32, and takes a quarter of a minute each time."""
 MAKERS = {"text": text_network, "image": image_network}
+PAIRS = [(form, kind) for form in HERE for kind in MAKERS if (form, kind) != ("torchao-int8-weights", "image")]
+"""All but what has no linear layers for TorchAO to make smaller."""
 BATCHES = {
     "text": [texts(*(3 + (7 * i + j) % 29 for j in range(8)), seed=10 + i) for i in range(6)],
     "image": [pictures(8, seed=20 + i) for i in range(4)],
@@ -65,8 +76,7 @@ def answers(network: Network, inputs: dict[str, torch.Tensor]) -> np.ndarray:
     return probabilities
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("form", HERE)
+@pytest.mark.parametrize(("form", "kind"), PAIRS)
 def test_a_form_answers_as_the_network_it_was_made_of(form: str, kind: str, made: Made) -> None:
     network, folder = made(form, kind)
     found = load_network(folder)
@@ -122,12 +132,11 @@ def test_texts_that_come_alone_are_padded_where_padding_is_known_and_tells_nothi
     assert _lengths(mean, padded, 8) == ((), 0), "its answers hang on the padding"
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("form", [name for name in HERE if "fp32" not in name])
+@pytest.mark.parametrize(("form", "kind"), [pair for pair in PAIRS if "fp32" not in pair[0]])
 def test_fewer_bits_are_fewer_bytes(form: str, kind: str, made: Made) -> None:
     whole = 4 * count_parameters(made("torch-fp32", kind)[0])
     graph = 400_000  # names of operators, which a larger network has hardly more of
-    share = 0.5 if "bf16" in form else 0.27
+    share = 0.5 if "bf16" in form or "torchao" in form else 0.27  # it leaves embeddings in bf16
     if form == "onnxruntime-int4-weights" and kind == "image":
         share = 1.0  # only linear layers have int4 there
     assert folder_bytes(made(form, kind)[1]) < share * 1.04 * whole + graph
@@ -142,7 +151,7 @@ def test_the_same_network_and_rows_give_the_same_answers(form: str, made: Made, 
 
 
 @pytest.mark.parametrize(
-    "form", ["torch-fp32", *[n for n in HERE if n in {"onnxruntime-int8-static", "openvino-int8"}]]
+    "form", [n for n in HERE if n in {"torch-fp32", "torch-compiled-fp32", "onnxruntime-int8-static", "openvino-int8"}]
 )
 def test_writing_leaves_the_network_alone_and_says_nothing(
     form: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -277,6 +286,40 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
         FORMS[form].write(text_network(), BATCHES["text"], tmp_path)
     assert extra in available()[form]
     assert available()["torch-fp32"] == ""
+
+
+@pytest.mark.skipif("torch-compiled-fp32" not in HERE, reason="needs a C++ compiler")
+def test_a_program_is_compiled_once_on_a_machine_and_without_a_compiler_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made
+) -> None:
+    folder = made("torch-compiled-fp32", "text")[1]
+    assert not [file for file in folder.iterdir() if file.suffix not in {".json", ".safetensors"}], "no machine code"
+    cached = answers(load_network(folder), QUESTIONS["text"])
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "needs a C++ compiler" in available()["torch-compiled-fp32"]
+    assert np.array_equal(answers(load_network(folder), QUESTIONS["text"]), cached)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="there is no C\\+\\+ compiler here"):
+        load_network(folder)
+
+
+@pytest.mark.skipif("torchao-int8-weights" not in HERE, reason="needs torchao")
+def test_what_torchao_made_is_int8_and_needs_no_torchao(made: Made, tmp_path: Path) -> None:
+    folder = made("torchao-int8-weights", "text")[1]
+    kinds = {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert list(kinds.values()).count(torch.int8) >= 10
+    assert "torchao" not in (folder / "program.json").read_text()
+    with pytest.raises(CompressionFailed, match="linear layers hold 0% of its weights"):
+        FORMS["torchao-int8-weights"].write(image_network(), BATCHES["image"], tmp_path)
+
+
+def test_programs_that_were_not_used_for_long_are_forgotten(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.pt2").touch()
+        os.utime(tmp_path / f"{number}.pt2", (number, number))
+    compiled._forget(tmp_path)
+    assert sorted(int(file.stem) for file in tmp_path.iterdir()) == list(range(4, 20))
 
 
 def test_bf16_is_available_where_the_hardware_has_it() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.compression.presets import FORM, first_points, usual_space
+from orchestrator.compression.presets import FORM, first_points, others_of, usual_space
 from orchestrator.recipe_compression import Compression
 from orchestrator.recipe_tuning import Dimension
 
@@ -52,30 +52,43 @@ def test_rounding_in_training_and_leaving_tokens_out_do_not_go_together():
         Compression.model_validate({"recovery": rounded, "tokens": 16})
 
 
-def test_the_first_points_are_forms_of_int8_and_a_ladder_down_in_them_and_then_the_other_forms():
-    space = {
-        "compression.layers": Dimension.model_validate([0.5, 1.0, 0.25, 0.75]),
-        "compression.max_tokens": Dimension.model_validate([64, None]),
-        "compression.sparsity": Dimension.model_validate([0.9, 0.0]),
-        "compression.recovery.epochs": Dimension.model_validate([1, 5]),
-        FORM: Dimension.model_validate(["torch-fp32", "onnxruntime-int8", "openvino-int8"]),
-    }
-    own = {"compression.layers": 1.0, "compression.max_tokens": None, "compression.sparsity": 0.0,
-           "compression.recovery.epochs": 5, FORM: "torch-fp32"}  # fmt: skip
-    points = first_points(space, own)
-    small = ["onnxruntime-int8", "openvino-int8"]
-    assert points[:2] == [own | {FORM: form} for form in small] and points[6:] == [own]
-    ladder = points[2:4]  # half of two values is the smaller one
+SPACE = {
+    "compression.layers": Dimension.model_validate([0.5, 1.0, 0.25, 0.75]),
+    "compression.max_tokens": Dimension.model_validate([64, None]),
+    "compression.sparsity": Dimension.model_validate([0.9, 0.0]),
+    "compression.recovery.epochs": Dimension.model_validate([1, 5]),
+    FORM: Dimension.model_validate(["torch-fp32", "onnxruntime-int8", "openvino-int8"]),
+}
+OWN = {"compression.layers": 1.0, "compression.max_tokens": None, "compression.sparsity": 0.0,
+       "compression.recovery.epochs": 5, FORM: "torch-fp32"}  # fmt: skip
+
+
+def test_the_first_points_are_the_whole_network_in_each_form_and_a_ladder_down_in_the_first_int8():
+    points = first_points(SPACE, OWN, 24)
+    assert points[:3] == [OWN | {FORM: form} for form in ("onnxruntime-int8", "openvino-int8", "torch-fp32")]
+    ladder = points[3:]  # half of two values is the smaller one
     assert {point[FORM] for point in ladder} == {"onnxruntime-int8"}
     assert {point["compression.recovery.epochs"] for point in ladder} == {5}
     assert [point["compression.layers"] for point in ladder] == [1.0, 0.75], "layers go last"
-    assert all(p["compression.max_tokens"] == 64 and p["compression.sparsity"] == 0.9 for p in ladder)
-    assert [point | {FORM: ""} for point in points[4:6]] == [point | {FORM: ""} for point in ladder]
+    assert all(p["compression.max_tokens"] is None and p["compression.sparsity"] == 0.9 for p in ladder)
+
+
+def test_few_candidates_are_not_spent_on_the_whole_network():
+    points = first_points(SPACE, OWN, 6)
+    assert [point["compression.sparsity"] for point in points] == [0.0, 0.0, 0.9, 0.9]
+
+
+def test_a_student_is_tried_in_the_forms_that_were_best_for_the_whole_network():
+    point, forms = OWN | {FORM: "a"}, ("a", "b", "c", "d")
+    assert others_of(point, forms, ["d", "a", "c", "gone"]) == [OWN | {FORM: form} for form in ("d", "c")]
+    assert others_of(point, forms, []) == [OWN | {FORM: form} for form in ("b", "c")]
+    assert others_of(point, ("a",), ["a"]) == []
+    assert others_of(OWN, (), []) == []
 
 
 def test_ranges_have_no_ladder():
     space = {"compression.layers": Dimension.model_validate({"uniform": [0.5, 1.0]}),
              FORM: Dimension.model_validate(["torch-fp32"])}  # fmt: skip
     own = {"compression.layers": 1.0, FORM: "torch-fp32"}
-    assert first_points(space, own) == [own]
-    assert first_points(space, None) == []
+    assert first_points(space, own, 9) == [own]
+    assert first_points(space, None, 9) == []

@@ -13,6 +13,7 @@ import torch
 from tiny_networks import CLASSES, image_network, labelled, pixels, text_network, tokens
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.compression import heads, units
 from orchestrator.compression.matrices import input_size, zero_inputs
@@ -20,12 +21,13 @@ from orchestrator.compression.parts import attentions, feed_forwards, longest_ro
 from orchestrator.compression.reshaping import Reshaping, answers
 from orchestrator.compression.sensitivity import Sensitivity, measure_sensitivity
 from orchestrator.compression.structure import METHODS, Structure, methods_of, reshape
-from orchestrator.compression.tokens import schedule
+from orchestrator.compression.tokens import schedule, that_train
 from orchestrator.errors import CompressionFailed, RecipeError
 from orchestrator.models import post_norm
 from orchestrator.models.backbones import EnsembleNetwork, Network, TransformersNetwork, load_network
 from orchestrator.models.checkpoint import count_parameters
 from orchestrator.models.reshaped import LowRank, ReshapedNetwork, SharedEmbedding
+from orchestrator.recipe import Training
 from orchestrator.training.fake_int8 import rounding
 
 TEXT = tokens(9, 4, 7, 2)
@@ -263,6 +265,49 @@ def test_filters_go_in_multiples_of_eight_and_all_classes_stay(architecture: str
     assert count_parameters(smaller) < 0.85 * count_parameters(network)
 
 
+def test_of_filters_that_matter_alike_those_with_more_work_go_first() -> None:
+    torch_pruning()
+    network = image_network("resnet18")
+    alike = Sensitivity(filters={
+        name: [1.0] * m.weight.shape[0] for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)
+    })  # fmt: skip
+    smaller = reshape(network, Structure(filters=0.6), alike, PIXELS)
+    left = {
+        name: smaller.get_submodule(name).out_channels / m.out_channels  # type: ignore[operator]
+        for name, m in network.named_modules()
+        if isinstance(m, nn.Conv2d)
+    }
+    assert left["model.layer1.0.conv1"] < 0.2, "16 x 16 places, 64 channels"
+    assert left["model.layer4.1.conv1"] > 0.8, "2 x 2 places, 512 channels"
+    assert products(smaller) < 0.3 * products(network)
+
+
+def products(network: nn.Module) -> int:
+    with FlopCounterMode(display=False) as counted:
+        network(**PIXELS)
+    return counted.get_total_flops()
+
+
+def test_where_too_few_layers_are_left_none_leaves_tokens_out() -> None:
+    network = text_network("Bert")
+    for share in (0.34, 0.67):  # one layer, two
+        smaller = reshape(network, Structure(layers=share, tokens=8), sensitivity_of(network, TEXT), TEXT)
+        assert isinstance(smaller, ReshapedNetwork) and isinstance(smaller.inner, TransformersNetwork)
+        assert not smaller.inner.kept_tokens
+    two = text_network("Bert", num_hidden_layers=2)
+    with pytest.raises(CompressionFailed, match="it has 2 layers, and it takes three"):
+        reshape(two, Structure(tokens=8), sensitivity_of(two, TEXT), TEXT)
+
+
+def test_leaving_tokens_out_needs_a_training_that_can() -> None:
+    methods = {"heads": "", "tokens": ""}
+    assert that_train(methods, Training()) == methods
+    not_with = that_train(methods, Training(gradient_checkpointing=True))
+    assert not_with["heads"] == "" and "gradient_checkpointing" in not_with["tokens"]
+    other = {"tokens": "it has 2 layers, and it takes three"}
+    assert that_train(other, Training(gradient_checkpointing=True)) == other
+
+
 def test_all_methods_go_together_and_again_on_what_is_left() -> None:
     network = text_network("Bert")
     everything = Structure(layers=0.67, heads=0.75, units=0.7, rank=0.8, sparsity=0.2)
@@ -400,11 +445,9 @@ def test_a_network_that_leaves_tokens_out_refuses_what_only_the_library_can_do()
     smaller(**TEXT)
 
 
-def test_too_few_layers_and_factored_matrices_cannot_leave_tokens_out() -> None:
+def test_factored_matrices_cannot_leave_tokens_out() -> None:
     network = text_network("Bert")
     sensitivity = sensitivity_of(network, TEXT)
-    with pytest.raises(CompressionFailed, match="compression.tokens is 3, but it has 2 layers, and it takes three"):
-        reshape(network, Structure(layers=0.67, tokens=3), sensitivity, TEXT)
     with pytest.raises(CompressionFailed, match="its forward pass is its library's own"):
         reshape(network, Structure(rank=0.5, tokens=3), sensitivity, TEXT)
 

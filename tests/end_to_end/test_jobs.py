@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from own_cluster import BIN, OwnCluster, free_port, own_cluster
+from own_cluster import BIN, OwnCluster, own_cluster
+from ports import free_port
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent.parent
@@ -65,12 +66,11 @@ def test_serve_deploy_brings_a_config_file_to_the_cluster(cluster: OwnCluster, p
     """The one in cluster/, for the model that the job registered, where Serve already listens."""
     config = yaml.safe_load((ROOT / "cluster" / "serve-config.yaml").read_text())
     port = yaml.safe_load((project / "recipe.yaml").read_text())["serving"]["port"]
-    config["proxy_location"] = "HeadOnly"
-    config["http_options"] |= {"host": "127.0.0.1", "port": port}
-    model = config["applications"][1]
+    gateway, model = config["applications"]
+    gateway["args"] = {"host": "127.0.0.1", "port": port}
     model["name"] = "model-jobbed"
     model["args"] |= {"name": "jobbed", "storage": str(cluster.root / "orchestrator" / "runs"), "registry": None}
-    model["args"]["serving"]["max_replicas"] = 1
+    model["args"]["serving"] |= {"max_replicas": 1, "keys": False}
     (project / "serve.yaml").write_text(yaml.safe_dump(config))
     deployed = cluster.run(BIN / "serve", "deploy", "serve.yaml", "--address", cluster.dashboard, cwd=project)
     assert deployed.returncode == 0, deployed.stderr[-3000:]

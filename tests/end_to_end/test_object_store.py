@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own_cluster import free_port
+from ports import free_port
 from pyarrow import fs
 
 pytestmark = pytest.mark.ray

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,27 +39,12 @@ def cluster() -> Iterator[OwnCluster]:
         cluster.environment["TMPDIR"] = str(cluster.root / "tmp")
         cluster.start_head(cpus=1)
         cluster.start_worker_elsewhere(cpus=1)
-        wait_until(lambda: len(alive_nodes(cluster)) == 2, "the second node joins")
         yield cluster
 
 
 def folder_seen_by(process: subprocess.Popen[str], folder: Path) -> set[str]:
     """Names in a folder as this process finds it."""
     return {path.name for path in Path(f"/proc/{process.pid}/root{folder}").iterdir()}
-
-
-def state_of(cluster: OwnCluster, kind: str) -> list[dict[str, Any]]:
-    """What Ray's state API says about ``kind``: nodes, actors or tasks."""
-    request = urllib.request.Request(
-        f"{cluster.dashboard}/api/v0/{kind}?detail=1&limit=10000", headers={"Authorization": f"Bearer {cluster.token}"}
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        rows: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
-    return rows
-
-
-def alive_nodes(cluster: OwnCluster) -> set[str]:
-    return {node["node_id"] for node in state_of(cluster, "nodes") if node["state"] == "ALIVE"}
 
 
 def wait_until(condition: Any, what: str, timeout_s: float = 60.0) -> None:
@@ -94,10 +78,10 @@ def test_both_nodes_train_and_evaluate_one_model(cluster: OwnCluster, recipe: Pa
     model = json.loads(next((recipe.parent / "runs" / "train").glob("*/record.json")).read_text())
     assert (model["workers"], model["resumed"]) == (2, 0)
 
-    nodes = alive_nodes(cluster)
-    trained = [actor for actor in state_of(cluster, "actors") if actor["class_name"] == "RayTrainWorker"]
+    nodes = set(cluster.alive_nodes().values())
+    trained = [actor for actor in cluster.state_of("actors") if actor["class_name"] == "RayTrainWorker"]
     assert len(trained) == 2 and {actor["node_id"] for actor in trained} == nodes
-    asked = [task for task in state_of(cluster, "tasks") if task["func_or_class_name"] == "_predict_share"]
+    asked = [task for task in cluster.state_of("tasks") if task["func_or_class_name"] == "_predict_share"]
     assert len(asked) == 2 and {task["node_id"] for task in asked} == nodes
 
 

@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -12,15 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def orchestrator(*arguments: object, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
@@ -49,7 +43,7 @@ def test_a_table_of_texts_becomes_an_answering_endpoint(reviews_csv: Path, tiny_
         f"name: unseen\ntask: text_classification\nstorage: {tmp_path}/runs\n"
         f"data: {{source: {reviews_csv}}}\nmodel: {{backbone: {tiny_backbone}, max_tokens: 32}}\n"
         "training: {epochs: 6, batch_size: 8, learning_rate: 2.0e-3, workers: 2}\n"
-        f"evaluation: {{slices: [shop], bootstrap_samples: 100}}\nserving: {{port: {free_port()}}}\n"
+        f"evaluation: {{slices: [shop], bootstrap_samples: 100}}\nserving: {{port: {free_port()}, precision: fp32}}\n"
     )
     try:
         records = record_of(orchestrator("run", recipe, "--json"))
@@ -93,7 +87,7 @@ def test_a_folder_of_images_becomes_an_answering_endpoint(shapes_folder: Path, t
         f"name: shapes\ntask: image_classification\nstorage: {tmp_path}/runs\ndata: {{source: {shapes_folder}}}\n"
         "model: {backbone: resnet18, weights: none, image_size: 64}\n"
         "training: {epochs: 3, batch_size: 16, workers: 2, augmentation: {horizontal_flip: 0.5}}\n"
-        f"evaluation: {{bootstrap_samples: 100}}\nserving: {{port: {free_port()}}}\n"
+        f"evaluation: {{bootstrap_samples: 100}}\nserving: {{port: {free_port()}, precision: fp32}}\n"
     )
     try:
         records = record_of(orchestrator("run", recipe, "--json"))

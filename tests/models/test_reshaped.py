@@ -17,7 +17,7 @@ from orchestrator.data.text import TextEncoder
 from orchestrator.errors import IntegrityError
 from orchestrator.models.backbones import Network, TransformersNetwork, load_network
 from orchestrator.models.checkpoint import count_parameters, load_model, save_model
-from orchestrator.models.reshaped import ReshapedNetwork, no_dropout
+from orchestrator.models.reshaped import ReshapedNetwork
 from orchestrator.recipe import Model
 from orchestrator.training.freezing import freeze
 from orchestrator.training.optim import layer_depths
@@ -206,16 +206,3 @@ def test_an_image_network_exports() -> None:
     program = torch.export.export(network, (), PIXELS).module()
     with torch.no_grad():
         torch.testing.assert_close(program(**PIXELS), network(**PIXELS), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("structure", [SMALLER, Structure()], ids=["smaller", "whole"])
-@pytest.mark.parametrize("family", ["Bert", "DistilBert", "GPT2", "ModernBert"])
-def test_without_dropout_training_answers_as_evaluation_does_and_so_once_loaded(
-    family: str, structure: Structure, tmp_path: Path
-) -> None:
-    network = text_network(family)
-    student = reshape(network, structure, measure_sensitivity(network, labelled(TEXT)), TEXT)
-    no_dropout(student)
-    for one in (student, saved(student, tmp_path)):
-        with torch.no_grad():
-            torch.testing.assert_close(one.train()(**TEXT), one.eval()(**TEXT), rtol=1e-4, atol=1e-5)

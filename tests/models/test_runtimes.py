@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from small_networks import save_around, text_network, texts
+from small_networks import image_network, pictures, save_around, text_network, texts
 
 from orchestrator.compression.forms import FORMS
 from orchestrator.errors import IntegrityError
@@ -116,6 +117,39 @@ def test_a_text_that_comes_alone_is_padded_to_a_length_that_has_a_graph_of_its_o
         assert given["input_ids"].shape[1] == (min(n for n in lengths if n >= tokens) if fits else tokens)
         together = {name: torch.cat([tensor, tensor]) for name, tensor in alone.items()}
         torch.testing.assert_close(network(**alone), network(**together)[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("openvino-fp32" not in HERE, reason="needs openvino")
+def test_few_texts_are_computed_one_by_one_each_as_short_as_it_is(folders: dict[str, Path]) -> None:
+    network = load_network(folders["openvino-fp32"])
+    assert isinstance(network, OpenVinoNetwork)
+    few = texts(9, 3, 5, words=WORDS)
+    many = {name: torch.cat([tensor] * 8) for name, tensor in few.items()}
+    asked = []
+    whole = network._infer
+
+    def watched(request: object, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        asked.append(arrays["input_ids"].shape)
+        return whole(request, arrays)
+
+    network._infer = watched  # type: ignore[method-assign]
+    one_by_one = network(**few)
+    shortest = [min(n for n in network.answering.lengths if n >= tokens) for tokens in (9, 3, 5)]
+    assert asked == [(1, length) for length in shortest]
+    torch.testing.assert_close(one_by_one, network(**many)[:3], rtol=1e-4, atol=1e-4)
+    assert asked[3:] == [(24, 9)], "more of them are a batch"
+
+
+@pytest.mark.skipif("openvino-fp32" not in HERE, reason="needs openvino")
+def test_an_image_that_comes_alone_has_a_graph_of_its_own(tmp_path: Path) -> None:
+    FORMS["openvino-fp32"].convert(image_network(), [pictures(8)], tmp_path)
+    network = load_network(tmp_path)
+    assert isinstance(network, OpenVinoNetwork) and network.answering.alone
+    together = pictures(3)
+    alone = {"pixels": together["pixels"][:1]}
+    arrays = {name: tensor.numpy() for name, tensor in alone.items()}
+    assert network._fitting(arrays)[0] is network._alone is not network._request
+    torch.testing.assert_close(network(**alone), network(**together)[:1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_config_that_lacks_something_is_said(tmp_path: Path) -> None:

@@ -16,13 +16,12 @@ from orchestrator.serving.contract import (
     Limits,
     ModelInfo,
     dump_json,
-    infer_answer,
     parse_json,
     predict_answer,
     read_feedback,
-    read_infer,
     read_predict,
 )
+from orchestrator.serving.inference_protocol import infer_answer, read_infer
 
 LIMITS = Limits(max_instances=4, max_body_bytes=10_000, request_timeout_s=1.0)
 TEXTS = ModelInfo(model_name="reviews", model_version="3", task="text_classification", input_kind="text",
@@ -169,7 +168,7 @@ def test_answers_of_both_protocols_agree() -> None:
     first = predict_answer(answers, TEXTS, "r-1")
     assert first == {"predictions": OUTPUTS, "model_name": "reviews", "model_version": "3", "request_id": "r-1"}
     _, asked = read_infer(json.dumps(tensor() | {"id": "mine"}).encode(), TEXTS)
-    second = infer_answer(answers, TEXTS, asked, "r-1")
+    second, _ = infer_answer(answers, TEXTS, asked, "r-1")
     assert (second["id"], second["model_version"]) == ("mine", "3")
     label, probabilities = second["outputs"]
     assert (label["data"], label["shape"]) == (["good", "bad"], [2])
@@ -178,7 +177,7 @@ def test_answers_of_both_protocols_agree() -> None:
 
 def test_only_the_outputs_asked_for_are_sent() -> None:
     _, asked = read_infer(json.dumps(tensor() | {"outputs": [{"name": "label"}]}).encode(), TEXTS)
-    sent = infer_answer(Answers(version="3", outputs=OUTPUTS), TEXTS, asked, "r-1")
+    sent, _ = infer_answer(Answers(version="3", outputs=OUTPUTS), TEXTS, asked, "r-1")
     assert [output["name"] for output in sent["outputs"]] == ["label"]
 
 
@@ -190,7 +189,7 @@ def test_unreadable_inputs_are_named_with_their_reason() -> None:
 
 
 def test_metadata_names_the_tensors() -> None:
-    metadata = IMAGES.metadata()
+    metadata = IMAGES.metadata(["3"])
     assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
     assert metadata["outputs"][1] == {"name": "probabilities", "datatype": "FP32", "shape": [-1, 2]}
 

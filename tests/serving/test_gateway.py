@@ -7,6 +7,7 @@ import base64
 import html.parser
 import json
 import re
+import struct
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator.serving.contract import Answers, Input, Limits, ModelInfo
+from orchestrator.serving.access import Keys, create_key
+from orchestrator.serving.contract import Answers, Caller, Explained, ExplainRequest, Input, Limits, ModelInfo
 from orchestrator.serving.feedback import append_feedback
 from orchestrator.serving.gateway import build_app, overloaded
 from orchestrator.storage import Storage
@@ -29,6 +31,9 @@ class Fake:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.seen: list[Input] = []
+        self.callers: list[Caller] = []
+        self.rollouts: dict[str, dict[str, Any]] = {}
+        self.locks: dict[str, Keys] = {}
         kinds = (("reviews", "text_classification", "text"), ("digits", "image_classification", "image"))
         self.infos = {
             name: ModelInfo(
@@ -40,11 +45,18 @@ class Fake:
     async def names(self) -> list[str]:
         return sorted(self.infos)
 
-    async def describe(self, name: str) -> ModelInfo | None:
+    async def describe(self, name: str, version: str | None = None) -> ModelInfo | None:
         return self.infos.get(name)
 
-    async def predict(self, name: str, version: str | None, inputs: Sequence[Input]) -> Answers:
+    async def explain(self, name: str, value: Input, asked: ExplainRequest) -> Explained:
+        return Explained(version="3", explanation={"label": asked.label or "good", "method": "occlusion"})
+
+    async def rollout(self, name: str) -> dict[str, Any] | None:
+        return self.rollouts.get(name)
+
+    async def predict(self, name: str, version: str | None, inputs: Sequence[Input], caller: Caller) -> Answers:
         self.seen += inputs
+        self.callers.append(caller)
         if "fail" in inputs:
             raise RuntimeError("a secret path: /srv/models")
         if "overload" in inputs:
@@ -55,6 +67,9 @@ class Fake:
         outputs = [{"label": "good", "scores": {"bad": 0.0, "good": 1.0}} for _ in inputs]
         return Answers(version="3", outputs=outputs, unreadable=broken, batch_size=len(inputs))
 
+    def keys(self, name: str) -> Keys | None:
+        return self.locks.get(name)
+
     async def feedback(self, name: str, entry: dict[str, Any]) -> None:
         append_feedback(self.storage, name, entry)
 
@@ -63,6 +78,7 @@ class Client:
     """Synchronous calls to one app; each with its own event loop."""
 
     def __init__(self, fake: Fake, **options: Any) -> None:
+        """``options``: of ``build_app``."""
         self.app = build_app(fake, **options)
 
     def __call__(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
@@ -88,6 +104,9 @@ def client(fake: Fake) -> Client:
 
 
 def error_of(response: httpx.Response) -> dict[str, str]:
+    if response.request.url.path.startswith("/v2"):  # the Open Inference Protocol has a text there
+        assert set(response.json()) == {"error", "code"} and isinstance(response.json()["error"], str)
+        return dict(response.json())
     assert set(response.json()) == {"error"}
     error: dict[str, str] = response.json()["error"]
     assert set(error) == {"code", "message", "next_step"}
@@ -131,6 +150,36 @@ def test_the_open_inference_protocol(client: Client, version: str) -> None:
     }
 
 
+def test_tensors_come_and_go_as_bytes_behind_the_json(client: Client, fake: Fake) -> None:
+    assert client("GET", "/v2").json()["extensions"] == ["binary_tensor_data"]
+    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 6}}
+    asked = {"inputs": [tensor], "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}]}
+    head = json.dumps(asked).encode()
+    length = "inference-header-content-length"
+    answer = client(
+        "POST", "/v2/models/digits/infer", content=head + b"\2\0\0\0\xff\xd8", headers={length: str(len(head))}
+    )
+    assert fake.seen == [b"\xff\xd8"]
+    assert answer.headers["content-type"] == "application/octet-stream"
+    told, following = answer.content[: int(answer.headers[length])], answer.content[int(answer.headers[length]) :]
+    assert json.loads(told)["outputs"][0]["parameters"] == {"binary_data_size": 8}
+    assert following == struct.pack("<2f", 0.0, 1.0)
+    refused = client("POST", "/v2/models/digits/infer", content=head, headers={length: "9999"})
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "invalid_binary_data")
+
+
+def test_a_version_that_is_rolled_out_can_be_asked_by_its_number(client: Client, fake: Fake, monkeypatch: Any) -> None:
+    candidate = fake.infos["reviews"].model_copy(update={"model_version": "4"})
+
+    async def describe(name: str, version: str | None = None) -> ModelInfo | None:
+        return candidate if version == "4" else fake.infos[name]
+
+    monkeypatch.setattr(fake, "describe", describe)
+    assert client("GET", "/v2/models/reviews").json()["versions"] == ["3"]
+    fake.rollouts["reviews"] = {"candidate_version": "4"}
+    assert client("GET", "/v2/models/reviews").json()["versions"] == ["3", "4"]
+
+
 def test_health(client: Client, fake: Fake) -> None:
     assert client("GET", "/v2/health/live").status_code == client("GET", "/v2/health/ready").status_code == 200
     assert client("GET", "/v2").json()["name"] == "ray-orchestrator"
@@ -158,6 +207,7 @@ def test_models_say_what_they_take(client: Client) -> None:
         ("GET", "/v1/models/..%2f..%2fetc", 404, "not_found"),
         ("DELETE", "/v1/models/reviews", 405, "method_not_allowed"),
         ("GET", "/v1/models/reviews:predict", 405, "method_not_allowed"),
+        ("PUT", "/v1/models/reviews:predict", 405, "method_not_allowed"),
         ("PUT", "/v2/models/reviews/infer", 405, "method_not_allowed"),
     ],
 )
@@ -165,6 +215,8 @@ def test_what_is_not_there_is_said_in_json(client: Client, method: str, path: st
     response = client(method, path)
     assert (response.status_code, error_of(response)["code"]) == (status, code)
     assert response.headers["x-request-id"]
+    if path.endswith(":predict") and status == 405:
+        assert response.headers["allow"] == "POST"
 
 
 def test_a_missing_model_names_those_there_are(client: Client) -> None:
@@ -258,7 +310,7 @@ def test_metrics_count_requests_instances_and_batches(client: Client) -> None:
     text = client("GET", "/metrics").text
     assert 'orchestrator_requests_total{model="reviews",route="predict",status="200"} 2.0' in text
     assert 'orchestrator_requests_total{model="reviews",route="predict",status="422"} 1.0' in text
-    assert 'orchestrator_instances_total{model="reviews",version="3"} 3.0' in text
+    assert 'orchestrator_instances_total{arm="stable",model="reviews",version="3"} 3.0' in text
     assert 'orchestrator_batch_size_sum{model="reviews"} 3.0' in text
     assert 'orchestrator_request_seconds_count{model="reviews",route="predict"} 3.0' in text
     assert "no-such-model" not in text, "a stranger's names must not grow the metrics"
@@ -302,7 +354,7 @@ class Links(html.parser.HTMLParser):
 def test_pages_load_nothing_from_elsewhere(client: Client, path: str) -> None:
     response = client("GET", path)
     assert response.headers["content-type"].startswith("text/html")
-    assert all(link.startswith("/") or link == "data:," for link in Links(response.text).links)
+    assert all(link.startswith(("/", "#")) or link == "data:," for link in Links(response.text).links)
     assert not re.search(r"https?://|@import|url\(", response.text)
 
 
@@ -316,7 +368,117 @@ def test_pages_allow_only_their_own_scripts(client: Client, path: str) -> None:
     assert response.headers["x-content-type-options"] == "nosniff"
 
 
-def test_behind_a_proxy_the_id_is_left_to_the_proxy(fake: Fake) -> None:
-    response = Client(fake, answers_request_id=False).predict(["a"], headers={"x-request-id": "mine"})
-    assert "x-request-id" not in response.headers
-    assert response.json()["request_id"] == "mine"
+def test_an_explanation_is_of_one_input_and_one_label(client: Client, fake: Fake) -> None:
+    def explain(body: dict[str, Any], **options: Any) -> httpx.Response:
+        return client("POST", "/v1/models/reviews:explain", json=body, **options)
+
+    answer = explain({"instance": "a", "label": "bad"})
+    assert answer.status_code == 200
+    assert answer.json().items() >= {"label": "bad", "model_name": "reviews", "model_version": "3"}.items()
+    for wrong in ({}, {"instance": 1}, {"instance": "a", "label": "nice"}, {"instance": "a", "method": "guess"},
+                  {"instances": ["a"]}):  # fmt: skip
+        assert explain(wrong).status_code == 422, wrong
+    keys = locked(fake, "reviews")
+    _, key = create_key(fake.storage, "little", per_day=100)
+    keys.refresh()
+    header = {"authorization": f"Bearer {key}"}
+    assert [explain({"instance": "a"}, headers=header).status_code for _ in range(2)] == [200, 429], "64 inputs each"
+
+
+def test_a_refused_explanation_says_why(client: Client, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(name: str, value: Input, asked: ExplainRequest) -> Explained:
+        return Explained(version="3", refused=("it has no gradients", "ask for occlusion"))
+
+    monkeypatch.setattr(fake, "explain", refuse)
+    error = client("POST", "/v1/models/reviews:explain", json={"instance": "a"}).json()["error"]
+    assert error == {
+        "code": "explanation_refused", "message": "it has no gradients", "next_step": "ask for occlusion",
+    }  # fmt: skip
+
+
+def test_a_rollout_is_told_where_there_is_one(client: Client, fake: Fake) -> None:
+    answer = client("GET", "/v1/models/reviews/rollout")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_rollout")
+    fake.rollouts["reviews"] = {"mode": "canary"}
+    assert client("GET", "/v1/models/reviews/rollout").json() == {"mode": "canary"}
+
+
+def test_a_client_is_known_by_its_key_or_header_or_else_by_what_it_sends(client: Client, fake: Fake) -> None:
+    for headers in ({}, {"x-client-id": "shop"}):
+        client.predict(["a"], headers=headers)
+    key, text = create_key(fake.storage, "shop")
+    locked(fake, "reviews").refresh()
+    client.predict(["a"], headers={"authorization": f"Bearer {text}", "x-client-id": "other"})
+    body, header, by_key = (caller.identity for caller in fake.callers)
+    assert isinstance(body, bytes) and b"instances" in body
+    assert (header, by_key) == ("shop", key.id)
+
+
+def locked(fake: Fake, *names: str) -> Keys:
+    keys = Keys(fake.storage)
+    fake.locks |= dict.fromkeys(names, keys)
+    return keys
+
+
+def shown(key: str) -> dict[str, dict[str, str]]:
+    return {"headers": {"authorization": f"Bearer {key}"}}
+
+
+def test_a_model_with_keys_answers_nobody_else(client: Client, fake: Fake) -> None:
+    keys = locked(fake, "reviews")
+    _, key = create_key(fake.storage, "shop", ("predict",))
+    keys.refresh()
+    ask = {"POST": ["/v1/models/reviews:predict", "/v1/models/reviews:feedback", "/v2/models/reviews/infer",
+                    "/v2/models/reviews/versions/3/infer"],
+           "GET": ["/v1/models/reviews", "/v2/models/reviews", "/metrics"]}  # fmt: skip
+    for method, paths in ask.items():
+        for path in paths:
+            response = client(method, path, json={"instances": ["a"]} if method == "POST" else None)
+            assert (response.status_code, error_of(response)["code"]) == (401, "no_key"), path
+            assert response.headers["www-authenticate"] == "Bearer"
+    assert fake.seen == []
+    assert client.predict(["a"], **shown(key)).status_code == 200
+    assert client.predict(["a"], headers={"x-api-key": key}).status_code == 200
+    assert client.predict([{"b64": "YQ=="}], "digits").status_code == 200, "the other model is open"
+    assert client("GET", "/v1/models/reviews", **shown(key)).json()["model_name"] == "reviews"
+    feedback = client("POST", "/v1/models/reviews:feedback", json={"request_id": "a", "label": "good"}, **shown(key))
+    assert (feedback.status_code, error_of(feedback)["code"]) == (403, "forbidden")
+
+
+def test_health_needs_no_key_and_metrics_an_administrators(client: Client, fake: Fake) -> None:
+    keys = locked(fake, "reviews", "digits")
+    _, key = create_key(fake.storage, "shop")
+    _, admin = create_key(fake.storage, "prometheus", ("admin",))
+    keys.refresh()
+    for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/reviews/ready"):
+        assert client("GET", path).status_code == 200
+    assert client("GET", "/metrics", **shown(key)).status_code == 403
+    assert client("GET", "/metrics", **shown(admin)).status_code == 200
+    assert key not in client("GET", "/metrics", **shown(admin)).text
+
+
+def test_models_are_named_to_those_alone_who_may_ask_them(client: Client, fake: Fake) -> None:
+    keys = locked(fake, "reviews", "digits")
+    _, key = create_key(fake.storage, "shop", models=("reviews",))
+    keys.refresh()
+
+    def names(**options: Any) -> list[str]:
+        return [model["model_name"] for model in client("GET", "/v1/models", **options).json()["models"]]
+
+    assert (names(), names(**shown(key))) == ([], ["reviews"])
+    assert "reviews" not in error_of(client("GET", "/v1/models/other"))["next_step"]
+    assert client.predict([{"b64": "YQ=="}], "digits", **shown(key)).status_code == 403
+
+
+def test_a_key_that_asks_too_often_or_too_much_is_429_with_retry_after(client: Client, fake: Fake) -> None:
+    keys = locked(fake, "reviews")
+    (_, hasty), (much, key) = (create_key(fake.storage, "hasty", per_second=0.001),
+                               create_key(fake.storage, "much", per_day=3))  # fmt: skip
+    keys.refresh()
+    assert client.predict(["a"], **shown(hasty)).status_code == 200
+    response = client.predict(["a"], **shown(hasty))
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1000")
+    assert client.predict(["a", "b"], **shown(key)).status_code == 200
+    assert error_of(client.predict(["a", "b"], **shown(key)))["code"] == "quota_used_up"
+    assert client.predict(["a"], **shown(key)).status_code == 200, "what was refused was not counted"
+    assert keys.used()[much.id] == 3 and len(fake.seen) == 4

@@ -13,7 +13,8 @@ import pytest
 
 from orchestrator.errors import ServingFailed
 from orchestrator.serving import known_answers
-from orchestrator.serving.known_answers import check_known_answers
+from orchestrator.serving.address import Endpoint
+from orchestrator.serving.known_answers import check_known_answers, over_http
 
 KNOWN = [{"input": f"text {n}", "scores": {"good": n / 31, "bad": 1 - n / 31}} for n in range(32)]
 SCORES = {row["input"]: row["scores"] for row in KNOWN}
@@ -63,16 +64,16 @@ def test_the_same_answers_pass_in_requests_that_are_not_too_large() -> None:
         return predictions(inputs)
 
     with endpoint(answer) as url:
-        check_known_answers(url, "reviews", KNOWN, 12)
+        check_known_answers(over_http(Endpoint(url), "reviews"), "reviews", KNOWN, 12)
     assert sizes == [12, 12, 8]
 
 
 def test_a_few_other_labels_are_rounding_and_more_are_not() -> None:
     with endpoint(lambda inputs: predictions(inputs, wrong=2)) as url:
-        check_known_answers(url, "reviews", KNOWN, 32)
+        check_known_answers(over_http(Endpoint(url), "reviews"), "reviews", KNOWN, 32)
     told = r"3 of 32 labels differ, the largest difference of a probability is 1\b"
     with endpoint(lambda inputs: predictions(inputs, wrong=3)) as url, pytest.raises(ServingFailed, match=told):
-        check_known_answers(url, "reviews", KNOWN, 32)
+        check_known_answers(over_http(Endpoint(url), "reviews"), "reviews", KNOWN, 32)
 
 
 def test_a_busy_endpoint_is_asked_again_and_a_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,20 +85,20 @@ def test_a_busy_endpoint_is_asked_again_and_a_refusal_is_told(monkeypatch: pytes
         return (503, {}) if len(asked) == 1 else predictions(inputs)
 
     with endpoint(busy) as url:
-        check_known_answers(url, "reviews", KNOWN, 32)
+        check_known_answers(over_http(Endpoint(url), "reviews"), "reviews", KNOWN, 32)
     assert len(asked) == 2
     told = r"refuses rows that reviews was evaluated on: .*too long"
     refusal = 422, {"error": {"message": "too long"}}
     with endpoint(lambda inputs: refusal) as url, pytest.raises(ServingFailed, match=told):
-        check_known_answers(url, "reviews", KNOWN, 32)
+        check_known_answers(over_http(Endpoint(url), "reviews"), "reviews", KNOWN, 32)
 
 
 @pytest.mark.parametrize("given", [{}, {"predictions": []}, {"predictions": [{"label": "good"}] * 32}, []])
 def test_what_is_no_prediction_is_said_to_be_none(given: Any) -> None:
     told = "are no predictions of reviews"
     with endpoint(lambda inputs: (200, given)) as url, pytest.raises(ServingFailed, match=told):
-        check_known_answers(url, "reviews", KNOWN, 32)
+        check_known_answers(over_http(Endpoint(url), "reviews"), "reviews", KNOWN, 32)
 
 
 def test_versions_without_known_answers_are_not_asked() -> None:
-    check_known_answers("http://127.0.0.1:9", "reviews", [], 8)
+    check_known_answers(over_http(Endpoint("http://127.0.0.1:9"), "reviews"), "reviews", [], 8)

@@ -82,3 +82,11 @@ def test_a_flipped_bit_in_the_weights_is_refused(tmp_path: Path, tiny_backbone: 
     (folder / "model.safetensors").write_bytes(weights)
     with pytest.raises(IntegrityError, match=r"model\.safetensors"):
         Predictor.from_folder(folder)
+
+
+def test_images_of_too_many_pixels_are_not_decoded(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    folder = storage.path(publish_image_model(storage, "shapes", 1))
+    predictor = Predictor.from_folder(folder, max_pixels=1200)
+    fits, larger = predictor.predict([png(1, (40, 30)), png(1, (40, 31))])
+    assert fits.error is None and larger.error == "has 40 x 31 pixels, more than 1200"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.recipe import Serving
+from orchestrator.recipe_serving import Serving
 from orchestrator.serving.scaling import Latency, Scale, plan_scale
 
 
@@ -19,23 +18,16 @@ def goals(**changes: object) -> Serving:
 def test_two_batches_fit_the_latency_budget() -> None:
     latency = Latency(single_ms=8.0, per_row_ms=2.0)
     scale = plan_scale(goals(), latency)
-    assert scale.batch_wait_timeout_s == pytest.approx(0.002)
     assert scale.target_ongoing_requests == 9
 
     def spent(n: int) -> float:
-        return 1000 * scale.batch_wait_timeout_s + 2 * (8.0 + (n - 1) * 2.0)
+        return 2 * (8.0 + (n - 1) * 2.0)
 
     assert spent(9) <= 50 < spent(10)
 
 
 def test_a_model_slower_than_its_budget_is_asked_one_request_at_a_time() -> None:
     assert plan_scale(goals(), Latency(200.0, 150.0)).target_ongoing_requests == 1
-
-
-def test_waiting_for_company_is_pointless_where_batching_gains_nothing() -> None:
-    assert plan_scale(goals(), Latency(10.0, 9.5)).batch_wait_timeout_s == 0.0
-    assert plan_scale(goals(max_batch_size=1), Latency(10.0, 2.0)).batch_wait_timeout_s == 0.0
-    assert plan_scale(goals(), Latency(10.0, 2.0)).batch_wait_timeout_s > 0.0
 
 
 def test_a_shorter_timeout_lets_fewer_requests_wait() -> None:
@@ -52,7 +44,7 @@ def test_serve_gets_the_goals_replicas() -> None:
 def test_reasons_are_given_for_fields_that_exist() -> None:
     scale = plan_scale(goals())
     assert set(scale.reasons) <= {field.name for field in fields(Scale)}
-    assert {"target_ongoing_requests", "max_queued_requests", "batch_wait_timeout_s"} <= set(scale.reasons)
+    assert {"target_ongoing_requests", "max_queued_requests"} <= set(scale.reasons)
 
 
 @given(
@@ -64,4 +56,3 @@ def test_the_numbers_always_make_sense_to_serve(single: float, gain: float, budg
     assert scale.max_ongoing_requests >= 2 * scale.target_ongoing_requests
     assert scale.max_queued_requests >= scale.max_ongoing_requests or scale.max_queued_requests == 10_000
     assert scale.metrics_interval_s < scale.look_back_period_s
-    assert 0.0 <= scale.batch_wait_timeout_s <= budget / 1000

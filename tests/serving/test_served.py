@@ -1,15 +1,17 @@
 """A Serve config file names a model as the registry knows it."""
 
+import json
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError, ModelNotFound
+from orchestrator.recipe_serving import Serving
 from orchestrator.records import EvaluationRecord, VersionRecord
 from orchestrator.registry.store import Registry
 from orchestrator.serving.scaling import Latency
-from orchestrator.serving.served import ModelArguments
+from orchestrator.serving.served import ModelArguments, from_values, to_values
 from orchestrator.storage import EVALUATION, MODEL, Storage
 
 
@@ -53,3 +55,18 @@ def test_what_is_not_there_or_not_whole_is_refused(root: Path) -> None:
 def test_a_misspelt_argument_is_refused(root: Path) -> None:
     with pytest.raises(ValidationError, match="max_replica"):
         ModelArguments.model_validate({"name": "reviews", "storage": str(root), "serving": {"max_replica": 2}})
+
+
+def test_what_is_served_survives_a_config_file(root: Path) -> None:
+    settings = {"shared": True, "shelf": {"bytes": 5_000_000}, "tls": {"certificate": "c", "key": "k"}}
+    served = ModelArguments.model_validate({"name": "reviews", "storage": str(root), "serving": settings}).resolve()
+    assert from_values(json.loads(json.dumps(to_values(served)))) == served
+    assert served.key == "reviews@1"
+
+
+@pytest.mark.parametrize(
+    "shelf", [{"bytes": 999_999}, {"min_replicas": 0}, {"min_replicas": 3, "max_replicas": 2}, {"byte": 5}]
+)
+def test_a_shelf_that_cannot_be_is_refused(shelf: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="shelf"):
+        Serving.model_validate({"shelf": shelf})

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 from served_models import png, publish_image_model, publish_text_model
 
 from orchestrator.errors import PortInUse, ServingFailed
-from orchestrator.recipe import Serving
+from orchestrator.recipe_serving import Recording, Serving
 from orchestrator.serving.predictor import Predictor
+from orchestrator.serving.recorded import with_feedback
 from orchestrator.storage import Storage, version_location
 
 pytestmark = pytest.mark.ray
@@ -34,12 +36,6 @@ def ask(url: str, body: Any = None, headers: dict[str, str] | None = None) -> An
             return answer.status, json.load(answer), {k.lower(): v for k, v in answer.headers.items()}
     except urllib.error.HTTPError as error:
         return error.code, json.load(error), {k.lower(): v for k, v in error.headers.items()}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 TEXTS = [f"the coffee was {word} and we bought this" for word in ("great", "stale", "awful", "rich", "dull")] * 6
@@ -64,6 +60,8 @@ def scores(answer: Answer) -> list[list[float]]:
 class Load:
     """Two clients that ask again and again until the block ends."""
 
+    body: dict[str, Any] = {"instances": TEXTS[:2]}
+
     def __init__(self, url: str) -> None:
         self.url, self.answers, self.stopped = url, list[Answer](), threading.Event()
         self.threads = [threading.Thread(target=self._ask) for _ in range(2)]
@@ -71,7 +69,7 @@ class Load:
     def _ask(self) -> None:
         while not self.stopped.is_set():
             try:
-                self.answers.append(ask(self.url, {"instances": TEXTS[:2]}))
+                self.answers.append(ask(self.url, self.body))
             except OSError as error:  # no answer at all: a failure as well
                 self.answers.append((0, {"error": repr(error)}, {}))
             time.sleep(0.02)  # leaves the cores to the replica that starts
@@ -91,9 +89,23 @@ class Load:
 
 
 @pytest.fixture(scope="module")
-def settings() -> Serving:
+def request_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs") / "requests.jsonl"
+
+
+@pytest.fixture(scope="module")
+def settings(request_log: Path) -> Serving:
     # Half a CPU each: room for two models and a new version of one of them beside it.
-    return Serving(port=free_port(), max_replicas=1, cpus_per_replica=0.5, max_body_bytes=50_000, max_instances=64)
+    return Serving(
+        port=free_port(),
+        max_replicas=1,
+        cpus_per_replica=0.5,
+        max_body_bytes=50_000,
+        max_instances=64,
+        precision="fp32",
+        request_log=str(request_log),
+        recording=Recording(keep_inputs=True),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +121,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> St
 def endpoint(ray_session: object, settings: Serving, storage: Storage) -> Iterator[str]:
     from orchestrator.serving.on_ray import deploy, shutdown
 
-    for name in ("reviews", "shapes"):
-        url = deploy(served(storage, settings, name, 1))
+    for name, cache_bytes in (("reviews", 0), ("shapes", 1_000_000)):
+        url = deploy(served(storage, settings.model_copy(update={"cache_bytes": cache_bytes}), name, 1))
     yield url
     shutdown()
 
@@ -132,6 +144,19 @@ def test_two_kinds_of_models_share_the_gateway(endpoint: str, storage: Storage) 
     status, answer, _ = ask(f"{endpoint}/v1/models/shapes:predict", {"instances": [*instances, {"b64": "AAAA"}]})
     assert (status, answer["error"]["code"]) == (422, "unreadable_input")
     assert [model["model_name"] for model in ask(f"{endpoint}/v1/models")[1]["models"]] == ["reviews", "shapes"]
+
+
+def test_answers_are_explained(endpoint: str) -> None:
+    status, told, _ = ask(f"{endpoint}/v1/models/reviews:explain", {"instance": TEXTS[0], "method": "occlusion"})
+    assert (status, told["method"], told["model_version"]) == (200, "occlusion", "1")
+    assert " ".join(part["text"] for part in told["parts"]) == TEXTS[0]
+    status, told, _ = ask(f"{endpoint}/v1/models/shapes:explain",
+                          {"instance": {"b64": base64.b64encode(png(0)).decode()}, "label": "so-so"})  # fmt: skip
+    assert (status, told["label"], told["method"]) == (200, "so-so", "integrated_gradients")
+    assert len(told["heatmap"]) > 2
+    assert told["score"] - told["baseline_score"] == pytest.approx(sum(map(sum, told["heatmap"])), abs=0.02)
+    status, told, _ = ask(f"{endpoint}/v1/models/shapes:explain", {"instance": {"b64": "AAAA"}})
+    assert (status, told["error"]["code"]) == (422, "explanation_refused")
 
 
 def test_the_open_inference_protocol_on_the_wire(endpoint: str, storage: Storage) -> None:
@@ -210,7 +235,7 @@ def test_a_version_that_does_not_answer_as_evaluated_is_taken_back(
     labels = list(scores_by_label(endpoint))
     others = [{"input": text, "scores": dict(zip(labels, row[1:] + row[:1], strict=True))}
               for text, row in zip(TEXTS, rows, strict=True)]  # fmt: skip
-    with pytest.raises(ServingFailed, match=r"does not answer at .* as it did when it was evaluated"):
+    with pytest.raises(ServingFailed, match=r"does not answer as it did when it was evaluated"):
         deploy(served(storage, settings, "reviews", 1), known=others)
     assert serving_status()["reviews"]["version"] == 2, "the one before answers again"
 
@@ -251,12 +276,58 @@ def test_a_model_leaves_and_comes_back(endpoint: str, storage: Storage, settings
 
 
 def test_a_port_in_use_is_said_before_anything_starts() -> None:
-    from orchestrator.serving.on_ray import check_port
+    from orchestrator.serving.address import check_port
 
     with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
+        port = free_port()
+        other.bind(("127.0.0.1", port))
         other.listen()
-        port = other.getsockname()[1]
         with pytest.raises(PortInUse, match=f"cannot listen on 127.0.0.1 port {port}"):
             check_port("127.0.0.1", port)
     check_port("127.0.0.1", port)
+
+
+def metrics_of(endpoint: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"{endpoint}/metrics", timeout=10) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_an_image_that_comes_again_is_not_computed_again(endpoint: str) -> None:
+    body = {"instances": [{"b64": base64.b64encode(png(seed)).decode()} for seed in (7, 8)]}
+    first = ask(f"{endpoint}/v1/models/shapes:predict", body)
+    hits, batches = 'orchestrator_cache_hits_total{model="shapes"}', 'orchestrator_batch_size_count{model="shapes"}'
+    before = metrics_of(endpoint)
+    assert scores(ask(f"{endpoint}/v1/models/shapes:predict", body)) == scores(first)
+    after = metrics_of(endpoint)
+    assert (after[hits] - before.get(hits, 0.0), after[batches] - before[batches]) == (2.0, 0.0)
+
+
+def test_the_metrics_say_what_runs_and_what_it_computed(endpoint: str) -> None:
+    ask(f"{endpoint}/v1/models/reviews:predict", {"instances": TEXTS[:3]})
+    told = metrics_of(endpoint)
+    assert told['orchestrator_replicas{model="reviews"}'] == 1.0
+    assert told['orchestrator_version_info{arm="stable",model="reviews",version="1"}'] == 1.0
+    assert told['orchestrator_tokens_total{model="reviews"}'] >= 3 * 5
+    assert told['orchestrator_queue_seconds_count{model="reviews"}'] > 0
+
+
+def test_what_was_answered_is_told_and_kept(endpoint: str, storage: Storage, request_log: Path) -> None:
+    """The last test of this file: what waits is written when the endpoint ends."""
+    from orchestrator.serving.on_ray import shutdown
+
+    status, answer, _ = ask(
+        f"{endpoint}/v1/models/reviews:predict", {"instances": TEXTS[:2]}, {"x-request-id": "kept-1"}
+    )
+    wrong = next(label for label in answer["predictions"][0]["scores"] if label != answer["predictions"][0]["label"])
+    remark = {"request_id": "kept-1", "index": 1, "label": wrong}
+    assert (status, ask(f"{endpoint}/v1/models/reviews:feedback", remark)[0]) == (200, 200)
+    shutdown()
+    rows = {row["index"]: row for row in with_feedback(storage, "reviews").to_pylist() if row["request_id"] == "kept-1"}
+    assert [rows[index]["input"] for index in (0, 1)] == TEXTS[:2]
+    assert [rows[index]["label"] for index in (0, 1)] == [told["label"] for told in answer["predictions"]]
+    assert [rows[index]["told_label"] for index in (0, 1)] == [None, wrong]
+    (line,) = [line for line in map(json.loads, request_log.read_text().splitlines()) if line.get("request_id") == "kept-1"
+               and line["route"] == "predict"]  # fmt: skip
+    assert (line["status"], line["model"], line["version"], line["instances"]) == (200, "reviews", "1", 2)
+    assert TEXTS[0] not in request_log.read_text()

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import secrets
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +81,7 @@ ENDED_EARLY = 9
 
 def trained_by_two(job: TrainJob, meeting: Path, stop_at: int | None = None, secret: int | None = None) -> None:
     """The same with two processes that average their gradients. ``meeting``: a file that is not there yet; ``stop_at``:
-    how many parts of steps each does before it ends; ``secret``: of a private run."""
+    how many parts of steps each does before it ends, once there is a checkpoint; ``secret``: of a private run."""
     context = multiprocessing.get_context("forkserver")  # a fork of this process may share a broken lock of its threads
     context.set_forkserver_preload(["orchestrator.training.worker"])
     workers = [context.Process(target=_work, args=(job, rank, meeting, stop_at, secret)) for rank in range(2)]
@@ -100,10 +101,18 @@ def _work(job: TrainJob, rank: int, meeting: Path, stop_at: int | None, secret: 
 
     def beat() -> None:
         if next(parts) == stop_at:
+            _wait_for_a_checkpoint(job)
             os._exit(ENDED_EARLY)
 
     train_worker(job, Place(rank, 2, torch.device("cpu")), lambda event: None, beat)
     distributed.destroy_process_group()
+
+
+def _wait_for_a_checkpoint(job: TrainJob) -> None:
+    """It is written beside the training, which is faster where the machine is busy."""
+    deadline = time.monotonic() + 30
+    while latest_state(Storage(job.recipe.storage), job.run)[0].step == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 class Stopped(Exception):

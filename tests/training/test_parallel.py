@@ -1,5 +1,6 @@
 """Two processes, each with a part of the network: the same training as with a copy each, and as alone."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import torch
 from knobs import trained_by_two
 from running import prepared_job, with_training
 from safetensors.torch import load_file
+from torch import distributed, nn
 
 from orchestrator.recipe import Recipe
 from orchestrator.storage import MODEL, Storage, sha256_file
+from orchestrator.training import sharding
+from orchestrator.training.parallel import state_of
 from orchestrator.training.state import latest_state
 from orchestrator.training.worker import Place, TrainJob, train_worker
 
@@ -59,6 +63,31 @@ def test_sharded_training_agrees_with_copies_and_with_one_worker_and_resumes_exa
     files = [storage.path(f"{run}/{MODEL}/model.safetensors") for run in ("train/fsdp", "train/parts")]
     assert sha256_file(files[0]) == sha256_file(files[1])
     assert latest_state(storage, "train/parts")[0].resumed == 1
+
+
+def test_training_does_not_change_a_state_that_was_taken(tmp_path: Path) -> None:
+    """It is written while training goes on."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        sharding.shard(network, [network[0]], torch.device("cpu"), world=1)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+        training_step(network, optimizer)
+        taken = state_of(network, optimizer)
+        before = copy.deepcopy(taken)
+        training_step(network, optimizer)
+        after = state_of(network, optimizer)
+        assert int(taken["optimizer"]["state"][0]["step"]) == int(before["optimizer"]["state"][0]["step"]) == 1
+        assert int(after["optimizer"]["state"][0]["step"]) == 2, "the step was taken"
+        torch.testing.assert_close(taken, before, rtol=0, atol=0)
+    finally:
+        distributed.destroy_process_group()
+
+
+def training_step(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    network(torch.randn(8, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @pytest.mark.slow

@@ -1,0 +1,141 @@
+"""The endpoint on a real Ray Serve while its processes are killed and more is asked than it can do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from ports import free_port
+from served_models import publish_text_model
+from test_serving_on_ray import Load, ask
+
+from orchestrator.client import Client
+from orchestrator.recipe_serving import Serving
+from orchestrator.serving.served import Served
+from orchestrator.storage import Storage, version_location
+
+pytestmark = pytest.mark.ray
+GATEWAY, REPLICA = "ray::ServeReplica:gateway:Gateway", "ray::ServeReplica:model-reviews:Model"
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_session: object, tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Iterator[str]:
+    from orchestrator.serving.on_ray import deploy, shutdown
+
+    storage = Storage(str(tmp_path_factory.mktemp("faults")))
+    publish_text_model(storage, "reviews", 1, tiny_backbone)
+    settings = Serving(port=free_port(), min_replicas=2, max_replicas=2, cpus_per_replica=0.5, precision="fp32",
+                       latency_budget_ms=400, max_batch_size=4, request_timeout_s=10.0)  # fmt: skip
+    yield deploy(Served("reviews", 1, storage.url, version_location("reviews", 1), settings))
+    shutdown()
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Of this test's own Ray: others may run on this machine."""
+    import ray
+
+    session = ray._private.worker._global_node.get_session_dir_path()
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            if (process.info["cmdline"] or [""])[0].startswith(title) and session in " ".join(
+                file.path for file in process.open_files()
+            ):
+                found.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def wait_for(title: str, number: int, seconds: float = 90.0) -> list[psutil.Process]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if len(found := processes(title)) == number:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{title}: {len(found)} processes, not {number}")
+
+
+def memory_bytes() -> int:
+    return sum(process.memory_info().rss for process in processes(GATEWAY) + processes(REPLICA))
+
+
+def replicas_that_run() -> int:
+    from orchestrator.serving.on_ray import serving_status
+
+    return int(serving_status()["reviews"]["replicas"])
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_replicas_cost_no_request(endpoint: str, kills: int) -> None:
+    killed = set()
+    with Load(f"{endpoint}/v1/models/reviews:predict") as load:
+        for _ in range(kills):
+            victim = wait_for(REPLICA, 2)[0]
+            os.kill(victim.pid, signal.SIGKILL)
+            killed.add(victim.pid)
+            deadline = time.monotonic() + 90
+            while (victim.is_running() or replicas_that_run() < 2) and time.monotonic() < deadline:
+                time.sleep(0.1)
+    assert len(killed) == kills, "the faults fired"
+    assert load.failed() == []
+    assert len(load.answers) > 20 * kills
+
+
+def test_a_killed_gateway_is_back_within_seconds_and_clients_that_repeat_lose_nothing(endpoint: str) -> None:
+    (victim,) = wait_for(GATEWAY, 1)
+    with Client(endpoint, retries=30) as client:
+        client.predict("reviews", ["fine"])
+        os.kill(victim.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        answers = [client.predict("reviews", [f"text {n}"]) for n in range(20)]
+        away_s = time.monotonic() - killed
+    assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE, "the fault fired"
+    assert len(answers) == 20
+    assert away_s < 30, f"away for {away_s:.1f} s"
+
+
+@pytest.mark.parametrize("seconds", [4.0, pytest.param(30.0, marks=pytest.mark.slow)])
+def test_more_than_it_can_do_is_turned_away_at_once_and_leaves_no_trace(endpoint: str, seconds: float) -> None:
+    url = f"{endpoint}/v1/models/reviews:predict"
+    wait_for(REPLICA, 2)
+    ask(url, {"instances": ["warm"]})
+
+    async def crowd(seconds: float) -> tuple[Counter[int], set[str | None]]:
+        seen, hints = Counter[int](), set[str | None]()
+        end = time.monotonic() + seconds
+        body = {"instances": ["a text that is long enough to take a while " * 20] * 64}
+        limits = httpx.Limits(max_connections=400, max_keepalive_connections=400)
+        async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+
+            async def one() -> None:
+                while time.monotonic() < end:
+                    answer = await client.post(url, json=body)
+                    seen[answer.status_code] += 1
+                    if answer.status_code == 503:
+                        hints.add(answer.headers.get("retry-after"))
+
+            await asyncio.gather(*(one() for _ in range(400)))
+        return seen, hints
+
+    asyncio.run(crowd(2.0))  # after which each process has the buffers that it needs
+    before = memory_bytes()
+    seen, hints = asyncio.run(crowd(seconds))
+    assert set(seen) == {200, 503}, f"the overload fired, and nothing else came of it: {seen}"
+    assert None not in hints and hints
+    rise = memory_bytes() - before
+    assert rise < 150e6, f"memory rose by {rise / 1e6:.0f} MB"
+    calm = []
+    for _ in range(10):
+        began = time.monotonic()
+        assert ask(url, {"instances": ["fine"]})[0] == 200
+        calm.append(time.monotonic() - began)
+    assert sorted(calm)[5] < 0.5, "as quick as before"
