@@ -30,11 +30,11 @@ import torch
 
 from orchestrator.candidates import Candidates, Student, has_student, settings_of
 from orchestrator.compression.cost import measure_beside
-from orchestrator.compression.forms import FORMS, available
 from orchestrator.compression.rows import Rows
 from orchestrator.compression.survey import Survey
 from orchestrator.data.dataset import Split
 from orchestrator.evaluation.metrics import summary
+from orchestrator.exporting.forms import FORMS, available
 from orchestrator.models.checkpoint import SavedModel, load_model, save_surroundings
 from orchestrator.pipeline import Pipeline
 from orchestrator.progress import display

@@ -363,15 +363,16 @@ def bare(folder: Path, texts: Sequence[str], threads: int) -> dict[str, float]:
     on one core."""
     import torch
 
-    from orchestrator.serving.precision import settled
+    from orchestrator.recipe_serving import Serving
     from orchestrator.serving.predictor import Predictor
+    from orchestrator.serving.runtime import settled
 
     torch.set_num_threads(threads)
-    predictor = settled(Predictor.from_folder(folder, max_batch_size=BATCH), "auto", texts[:BATCH])
+    predictor = settled(Predictor.from_folder(folder, max_batch_size=BATCH), Serving(), texts[:BATCH], folder)
     predictor.warm_up()
     singles, batches = [], []
-    for start in range(0, len(texts) - BATCH, BATCH):
-        for text in texts[start : start + 4]:
+    for start in range(0, len(texts), BATCH):
+        for text in texts[start : start + BATCH]:
             began = time.perf_counter()
             predictor.predict([text])
             singles.append((time.perf_counter() - began) * 1e3)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.compression.forms import FORMS
 from orchestrator.compression.measuring import Judge
 from orchestrator.compression.rows import Rows
 from orchestrator.compression.sensitivity import Sensitivity, measure_sensitivity
@@ -26,6 +25,7 @@ from orchestrator.compression.structure import Structure, reshape
 from orchestrator.compression.survey import Survey, folder_of_base
 from orchestrator.data.text import TextEncoder
 from orchestrator.errors import DiskFull, OrchestratorError
+from orchestrator.exporting.forms import FORMS
 from orchestrator.models.checkpoint import count_parameters, load_model, save_model, save_surroundings
 from orchestrator.progress import ignore
 from orchestrator.recipe import Distillation, Recipe

@@ -31,8 +31,9 @@ RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe fi
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a recipe field.")]
 StorageRoot = Annotated[str | None, typer.Option("--storage", metavar="URL", help="Where results live.")]
 Address = Annotated[str | None, typer.Option("--address", metavar="HOST:PORT", help="A running Ray cluster.")]
+StorageOf = Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="Take the storage from this recipe.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON on the last line.")]
-VERBS = ("prepare", "tune", "train", "compress", "evaluate", "promote", "serve", "run")
+VERBS = ("prepare", "tune", "train", "compress", "ensemble", "evaluate", "promote", "serve", "run")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -183,13 +184,13 @@ def serve(
     recipe: RecipePath, set_: Overrides = None, storage: StorageRoot = None, address: Address = None,
     json_: AsJson = False,
     version: Annotated[int | None, typer.Option(help="Serve this version instead of the champion.")] = None,
-    canary: Annotated[str | None, typer.Option(metavar="SHARE", help="Put the challenger, or --version, beside the one that "
-        "answers, and have it answer this share of the requests, such as 10%.")] = None,
+    canary: Annotated[str | None, typer.Option(metavar="SHARE", help="Put --version, or a newer challenger or the "
+        "champion, beside the one that answers, and have it answer this share of the requests, such as 10%.")] = None,
     shadow: Annotated[str | None, typer.Option(metavar="SHARE", help="The same, but it answers nobody: it is asked as "
         "well, and compared.")] = None,
     ab: Annotated[str | None, typer.Option(metavar="SHARE", help="The same as --canary, but users' feedback decides.")] = None,
     block: Annotated[bool, typer.Option("--block", help="Stay in the foreground until Ctrl-C.")] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="Take the endpoint down.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Take this model off the endpoint; the last one ends it.")] = False,
 ) -> None:  # fmt: skip
     """Put the champion behind an HTTP endpoint, which stays up in the background until --stop; or another beside it."""
     from orchestrator.errors import UserError
@@ -237,7 +238,7 @@ def init(
 def models(
     arguments: Annotated[list[str] | None, typer.Argument(
         metavar="[NAME | promote NAME VERSION | rollback NAME | verify NAME]")] = None,
-    storage: StorageRoot = "./runs",
+    storage: StorageRoot = None, recipe: StorageOf = None,
     registry: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the registry.")] = None,
     alias: Annotated[str, typer.Option(help="The alias to move.")] = "champion",
     json_: AsJson = False,
@@ -245,8 +246,19 @@ def models(
     """List models or a model's versions; move an alias to a version or back; check a model's files."""
     from orchestrator.serve import change_models
 
-    values, text = change_models(storage or "./runs", registry, arguments or [], alias)
+    root, url = _place_of(recipe, storage)
+    values, text = change_models(root, registry or url, arguments or [], alias)
     _out(json.dumps(values, ensure_ascii=False) if json_ else text)
+
+
+def _place_of(recipe: str | None, storage: str | None) -> tuple[str, str | None]:
+    """Storage and registry of a recipe, or what usually is the storage."""
+    if recipe is None:
+        return storage or "./runs", None
+    from orchestrator.recipe_file import load_recipe
+
+    read = load_recipe(recipe, (), storage)
+    return read.storage, read.registry.url
 
 
 keys = typer.Typer(help="Who may ask the endpoint (serving.keys: true).", no_args_is_help=True, rich_markup_mode=None)
@@ -256,7 +268,7 @@ app.add_typer(keys, name="keys")
 @keys.command("create")
 def create_key(
     name: Annotated[str, typer.Argument(help="Of who or what will ask with it.")],
-    storage: StorageRoot = "./runs",
+    storage: StorageRoot = None, recipe: StorageOf = None,
     scope: Annotated[list[str] | None, typer.Option(help="predict, feedback or admin; predict and feedback if none.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model that it opens; all if none is named.")] = None,
     per_second: Annotated[float | None, typer.Option(help="Requests, at most.")] = None,
@@ -267,40 +279,44 @@ def create_key(
     from orchestrator.present import key_made
     from orchestrator.serving.access import make_key, told
 
-    key, text = make_key(storage or "./runs", name, scope or (), model or (), per_second, per_day)
-    _out(json.dumps(told(key) | {"key": text}) if json_ else key_made(told(key), text))
+    root, _ = _place_of(recipe, storage)
+    key, text = make_key(root, name, scope or (), model or (), per_second, per_day)
+    _out(json.dumps(told(key) | {"key": text}) if json_ else key_made(told(key), text, root))
 
 
 @keys.command("list")
-def list_keys(storage: StorageRoot = "./runs", json_: AsJson = False) -> None:
+def list_keys(storage: StorageRoot = None, recipe: StorageOf = None, json_: AsJson = False) -> None:
     """Keys, what they open, and how many inputs they have sent today."""
     from orchestrator.present import keys_table
     from orchestrator.serving.access import keys_and_use
 
-    known = keys_and_use(storage or "./runs")
-    _out(json.dumps({"keys": known}) if json_ else keys_table(known))
+    root, _ = _place_of(recipe, storage)
+    known = keys_and_use(root)
+    _out(json.dumps({"keys": known}) if json_ else keys_table(known, root))
 
 
 @keys.command("revoke")
 def revoke_key(
     number: Annotated[str, typer.Argument(metavar="ID", help="As `orchestrator keys list` shows it.")],
-    storage: StorageRoot = "./runs", json_: AsJson = False,
+    storage: StorageRoot = None, recipe: StorageOf = None, json_: AsJson = False,
 ) -> None:  # fmt: skip
     """Close a key for good; endpoints notice within seconds."""
     from orchestrator.serving.access import revoke, told
 
-    key = told(revoke(storage or "./runs", number))
+    key = told(revoke(_place_of(recipe, storage)[0], number))
     _out(json.dumps(key) if json_ else f"revoked {key['id']} ({key['name']})")
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def submit(
+    context: typer.Context,
     verb: Annotated[str, typer.Argument(help=" | ".join(VERBS))],
     recipe: RecipePath,
     address: Annotated[str, typer.Option("--address", metavar="URL", help="The cluster's job server.")],
     set_: Overrides = None, storage: StorageRoot = None, json_: AsJson = False,
 ) -> None:  # fmt: skip
-    """Run a verb as a job of a Ray cluster, its output streamed; ends with the job's own exit status."""
+    """Run a verb as a job of a Ray cluster, its output streamed; ends with the job's own exit status. What the verb takes
+    besides, such as --canary 10%, comes after RECIPE."""
     from orchestrator.recipe_file import load_recipe
 
     if verb not in VERBS:
@@ -310,6 +326,7 @@ def submit(
 
     words = [recipe, *(w for override in set_ or () for w in ("--set", override))]
     words += ["--storage", storage] if storage else []
+    words += context.args
     raise typer.Exit(submit_job(address, verb, [*words, *(["--json"] if json_ else [])]))
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import random
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import httpx
 
@@ -24,6 +25,7 @@ Input = str | bytes | Path
 """A text; the bytes of an image file; the path of one."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _FOR_A_MOMENT = (429, 502, 503, 504)
+_CLIENT_ID = "x-client-id"
 
 
 @dataclass(frozen=True)
@@ -86,20 +88,25 @@ class EndpointError(Exception):
         self.status, self.code, self.message, self.next_step = status, code, message, next_step
 
 
+_Value = TypeVar("_Value")
+
+
 @dataclass(frozen=True)
-class _Call:
+class _Call(Generic[_Value]):
     method: str
     path: str
+    make: Callable[[Any], _Value]
+    """A value from the answer's JSON."""
     body: Any = None
     repeats: bool = True
     """Whether it may be sent again when nobody knows if it arrived."""
 
 
-_Steps = Generator[_Call | float, "httpx.Response | httpx.TransportError | None", httpx.Response]
+_Steps = Generator[_Call[Any] | float, "httpx.Response | httpx.TransportError | None", httpx.Response]
 """Yields what to send, or how many seconds to wait; is sent what came of it."""
 
 
-def _asked(call: _Call, retries: int, longest_wait_s: float) -> _Steps:
+def _asked(call: _Call[Any], retries: int, longest_wait_s: float) -> _Steps:
     """One call, again and again while it fails for a moment. Knows no network."""
     for attempt in range(retries + 1):
         came = yield call
@@ -107,13 +114,18 @@ def _asked(call: _Call, retries: int, longest_wait_s: float) -> _Steps:
             return came
         pause_s = _pause_s(came, attempt)
         never_sent = isinstance(came, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-        may_repeat = call.repeats or never_sent or isinstance(came, httpx.Response)
+        may_repeat = call.repeats or never_sent or _turned_away(came)
         if attempt == retries or not may_repeat or pause_s > longest_wait_s:
             break
         yield pause_s
     if isinstance(came, httpx.Response):
         return came
     raise EndpointError(0, "unreachable", f"nothing answered ({type(came).__name__}: {came})", "see whether it runs")
+
+
+def _turned_away(came: httpx.Response | httpx.TransportError | None) -> bool:
+    """Whether the endpoint itself says that it did nothing. Others on the way, and a time that is over, say no such thing."""
+    return isinstance(came, httpx.Response) and (came.status_code == 429 or _told(came).get("code") == "overloaded")
 
 
 def _pause_s(came: httpx.Response | httpx.TransportError | None, attempt: int) -> float:
@@ -129,19 +141,21 @@ class _Face:
 
     def __init__(
         self, url: str, key: str | None = None, *, timeout_s: float = 30.0, retries: int = 3, longest_wait_s: float = 60.0,
-        verify: bool | str = True, transport: Any = None,
+        client_id: str | None = None, verify: bool | str = True, transport: Any = None,
     ) -> None:  # fmt: skip
         """``key``: where the endpoint asks for one. ``retries``: of a request that fails for a moment. ``longest_wait_s``: an
-        endpoint that asks for a longer pause than this is not asked again. ``verify``: False, or a file of certificates to
-        trust, for HTTPS. ``transport``: httpx's, where it is not the network."""
+        endpoint that asks for a longer pause than this is not asked again. ``client_id``: of a user or a machine;
+        while two versions answer, requests of the same one stay with one of them. ``verify``: False, or a file of
+        certificates to trust, for HTTPS. ``transport``: httpx's, where it is not the network."""
         self.retries, self.longest_wait_s = retries, longest_wait_s
         headers = {"authorization": f"Bearer {key}"} if key else {}
+        headers |= {_CLIENT_ID: client_id} if client_id else {}
         self._options: dict[str, Any] = {
             "base_url": url.rstrip("/"), "headers": headers, "timeout": timeout_s, "verify": _context(verify),
             "transport": transport,
         }  # fmt: skip
 
-    def _steps(self, call: _Call) -> _Steps:
+    def _steps(self, call: _Call[Any]) -> _Steps:
         return _asked(call, self.retries, self.longest_wait_s)
 
 
@@ -153,11 +167,12 @@ def _context(verify: bool | str) -> Any:
     return ssl.create_default_context(cafile=verify)
 
 
-def _predicting(name: str, inputs: Sequence[Input]) -> _Call:
+def _predicting(name: str, inputs: Sequence[Input]) -> _Call[Answer]:
     """Predicting changes nothing: it may be sent again at any time."""
     if isinstance(inputs, str | bytes | Path):
         raise TypeError("inputs is a list of texts or images: put the one in a list")
-    return _Call("POST", f"/v1/models/{name}:predict", {"instances": [_instance(value) for value in inputs]})
+    instances = [_instance(value) for value in inputs]
+    return _Call("POST", f"/v1/models/{name}:predict", _answer, {"instances": instances})
 
 
 def _instance(value: Input) -> Any:
@@ -167,13 +182,22 @@ def _instance(value: Input) -> Any:
     return {"b64": base64.b64encode(content).decode()}
 
 
-def _feeding_back(name: str, request_id: str, label: str, index: int) -> _Call:
+def _feeding_back(name: str, request_id: str, label: str, index: int) -> _Call[None]:
     told = {"request_id": request_id, "label": label, "index": index}
-    return _Call("POST", f"/v1/models/{name}:feedback", told, repeats=False)
+    return _Call("POST", f"/v1/models/{name}:feedback", _stored, told, repeats=False)
 
 
-def _explaining(name: str, value: Input, label: str | None, method: str) -> _Call:
-    return _Call("POST", f"/v1/models/{name}:explain", {"instance": _instance(value), "label": label, "method": method})
+def _explaining(name: str, value: Input, label: str | None, method: str) -> _Call[Explanation]:
+    asked = {"instance": _instance(value), "label": label, "method": method}
+    return _Call("POST", f"/v1/models/{name}:explain", _explanation, asked)
+
+
+def _all_models() -> _Call[list[Model]]:
+    return _Call("GET", "/v1/models", lambda value: [_model(model) for model in value["models"]])
+
+
+def _one_model(name: str) -> _Call[Model]:
+    return _Call("GET", f"/v1/models/{name}", _model)
 
 
 def _explanation(value: Mapping[str, Any]) -> Explanation:
@@ -185,26 +209,36 @@ def _explanation(value: Mapping[str, Any]) -> Explanation:
     )  # fmt: skip
 
 
-def _read(response: httpx.Response) -> Any:
-    """Raises EndpointError for anything but 200."""
-    try:
-        value = response.json()
-    except ValueError:
-        value = None
-    if response.status_code == 200 and isinstance(value, dict):
-        return value
-    error = value.get("error") if isinstance(value, dict) else None
-    told = error if isinstance(error, dict) else {}
+def _read(response: httpx.Response, call: _Call[_Value]) -> _Value:
+    """The value of the answer. Raises EndpointError for anything but 200, and for what is no answer of an endpoint."""
+    told = _told(response)
+    if response.status_code == 200:
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            return call.make(response.json())
     raise EndpointError(
         response.status_code, str(told.get("code", "no_contract")),
-        str(told.get("message", f"{response.url} answered {response.status_code} without saying why")),
+        str(told.get("message", f"{response.url} answered {response.status_code}, but not as an endpoint does")),
         str(told.get("next_step", "see whether it is the endpoint that listens there")),
     )  # fmt: skip
+
+
+def _told(response: httpx.Response) -> Mapping[str, Any]:
+    """The endpoint's own words about what failed; none if it was not the endpoint that answered."""
+    try:
+        error = response.json()["error"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return error if isinstance(error, dict) else {}
 
 
 def _answer(value: Mapping[str, Any]) -> Answer:
     predictions = tuple(Prediction(p["label"], p["scores"]) for p in value["predictions"])
     return Answer(predictions, value["model_version"], value["request_id"])
+
+
+def _stored(value: Mapping[str, Any]) -> None:
+    """Raises KeyError if the answer does not say so."""
+    value["stored"]
 
 
 def _model(value: Mapping[str, Any]) -> Model:
@@ -230,23 +264,25 @@ class Client(_Face):
 
     def predict(self, model: str, inputs: Sequence[Input]) -> Answer:
         """Raises EndpointError."""
-        return _answer(self._ask(_predicting(model, inputs)))
+        return self._ask(_predicting(model, inputs))
 
     def explain(self, model: str, value: Input, label: str | None = None, method: str = "auto") -> Explanation:
         """Of one input. ``label``: whose score; None: the one that is answered. Raises EndpointError."""
-        return _explanation(self._ask(_explaining(model, value, label, method)))
+        return self._ask(_explaining(model, value, label, method))
 
     def feedback(self, model: str, request_id: str, label: str, index: int = 0) -> None:
         """Tell what the right answer would have been, of the ``index``-th input of that request. Raises EndpointError."""
         self._ask(_feeding_back(model, request_id, label, index))
 
     def models(self) -> list[Model]:
-        return [_model(value) for value in self._ask(_Call("GET", "/v1/models"))["models"]]
+        """Raises EndpointError."""
+        return self._ask(_all_models())
 
     def model(self, name: str) -> Model:
-        return _model(self._ask(_Call("GET", f"/v1/models/{name}")))
+        """Raises EndpointError."""
+        return self._ask(_one_model(name))
 
-    def _ask(self, call: _Call) -> Any:
+    def _ask(self, call: _Call[_Value]) -> _Value:
         steps = self._steps(call)
         came: httpx.Response | httpx.TransportError | None = None
         try:
@@ -257,9 +293,9 @@ class Client(_Face):
                 else:
                     time.sleep(step)
         except StopIteration as over:
-            return _read(over.value)
+            return _read(over.value, call)
 
-    def _send(self, call: _Call) -> httpx.Response | httpx.TransportError:
+    def _send(self, call: _Call[Any]) -> httpx.Response | httpx.TransportError:
         try:
             return self._http.request(call.method, call.path, json=call.body)
         except httpx.TransportError as error:
@@ -284,23 +320,25 @@ class AsyncClient(_Face):
 
     async def predict(self, model: str, inputs: Sequence[Input]) -> Answer:
         """Raises EndpointError."""
-        return _answer(await self._ask(_predicting(model, inputs)))
+        return await self._ask(_predicting(model, inputs))
 
     async def explain(self, model: str, value: Input, label: str | None = None, method: str = "auto") -> Explanation:
         """Of one input. ``label``: whose score; None: the one that is answered. Raises EndpointError."""
-        return _explanation(await self._ask(_explaining(model, value, label, method)))
+        return await self._ask(_explaining(model, value, label, method))
 
     async def feedback(self, model: str, request_id: str, label: str, index: int = 0) -> None:
         """Tell what the right answer would have been, of the ``index``-th input of that request. Raises EndpointError."""
         await self._ask(_feeding_back(model, request_id, label, index))
 
     async def models(self) -> list[Model]:
-        return [_model(value) for value in (await self._ask(_Call("GET", "/v1/models")))["models"]]
+        """Raises EndpointError."""
+        return await self._ask(_all_models())
 
     async def model(self, name: str) -> Model:
-        return _model(await self._ask(_Call("GET", f"/v1/models/{name}")))
+        """Raises EndpointError."""
+        return await self._ask(_one_model(name))
 
-    async def _ask(self, call: _Call) -> Any:
+    async def _ask(self, call: _Call[_Value]) -> _Value:
         steps = self._steps(call)
         came: httpx.Response | httpx.TransportError | None = None
         try:
@@ -311,9 +349,9 @@ class AsyncClient(_Face):
                 else:
                     await asyncio.sleep(step)
         except StopIteration as over:
-            return _read(over.value)
+            return _read(over.value, call)
 
-    async def _send(self, call: _Call) -> httpx.Response | httpx.TransportError:
+    async def _send(self, call: _Call[Any]) -> httpx.Response | httpx.TransportError:
         try:
             return await self._http.request(call.method, call.path, json=call.body)
         except httpx.TransportError as error:

@@ -16,7 +16,6 @@ import numpy as np
 
 from orchestrator.candidates import Candidates, Student, has_student, settings_of
 from orchestrator.compression.changes import changes_of
-from orchestrator.compression.forms import available
 from orchestrator.compression.limits import bounds_of, misses, nobody_keeps
 from orchestrator.compression.measuring import QUALITY, scaled
 from orchestrator.compression.on_ray import FinalCosts, FinalJob, ask_teacher_on_ray, final_costs_on_ray, survey_on_ray
@@ -26,6 +25,7 @@ from orchestrator.compression.tokens import that_train
 from orchestrator.data.dataset import SLICE, Split
 from orchestrator.errors import CompressionFailed, IntegrityError, RecipeError
 from orchestrator.evaluation.metrics import summary
+from orchestrator.exporting.forms import available
 from orchestrator.families import Families
 from orchestrator.models.checkpoint import CARD
 from orchestrator.progress import Event, Report

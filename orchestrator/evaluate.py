@@ -16,7 +16,6 @@ import numpy as np
 from orchestrator.data.dataset import SLICE, Split
 from orchestrator.evaluation.on_ray import Cost, PredictJob, measure_cost, predict_inputs, predict_split
 from orchestrator.evaluation.predictions import picture_of, write_predictions, write_samples
-from orchestrator.evaluation.report import TestRows, write_report
 from orchestrator.evaluation.scores import evaluate_predictions, slice_scores
 from orchestrator.progress import Event, Report
 from orchestrator.recipe import Recipe
@@ -115,6 +114,8 @@ class EvaluateStage:
         dataset: DatasetRecord,
         probabilities: np.ndarray,
     ) -> None:
+        from orchestrator.evaluation.report import TestRows, write_report  # its plots take half a second to import
+
         split = Split(self.storage.fetch(dataset.location, verify=False), "test")
         size = dataset.image_size
         picture = None if size is None else lambda row: picture_of(split, row, size)

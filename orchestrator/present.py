@@ -188,6 +188,9 @@ def _serve(v: Values) -> list[tuple[str, str]]:
         return [("serve", f"{plan['name']} version {plan['candidate']} {does} {plan['share']:.0%} of the requests "
                           f"({plan['mode']}), beside version {plan['stable']}"),
                 ("watch", f"/v1/models/{plan['name']}/rollout")]  # fmt: skip
+    if "taken_off" in v:
+        was = f"{v['taken_off']} {'is off the endpoint now' if v['stopped'] else 'was not on the endpoint'}"
+        return [("serve", f"{was}; {', '.join(v['left'])} stay" if v.get("left") else was)]
     if "stopped" in v:
         return [("serve", "the endpoint is down" if v["stopped"] else "there was no endpoint to stop")]
     return [("serve", f"{v['name']} version {v['version']} answers at {v['url']}"), ("predict", v["predict_url"])]
@@ -211,16 +214,16 @@ def _some(items: list[str], limit: int = 8) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
-def key_made(v: Values, text: str) -> str:
+def key_made(v: Values, text: str, storage: str) -> str:
     return (
-        f"key {v['id']} for {v['name']}: {_opens(v)}\n\n    {text}\n\n"
+        f"key {v['id']} for {v['name']}, in {storage}: {_opens(v)}\n\n    {text}\n\n"
         "It is not shown again. Send it as: authorization: Bearer KEY"
     )
 
 
-def keys_table(known: Sequence[Values]) -> str:
+def keys_table(known: Sequence[Values], storage: str) -> str:
     if not known:
-        return "no keys yet: orchestrator keys create NAME"
+        return f"no keys yet in {storage}: orchestrator keys create NAME"
     rows = [("id", "name", "opens", "inputs today", "made")]
     rows += [(v["id"], v["name"], _opens(v), str(v["used_today"]), v["created"]) for v in known]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -228,7 +231,7 @@ def keys_table(known: Sequence[Values]) -> str:
 
 
 def _opens(v: Values) -> str:
-    limits = [f"{v['per_second']:g} requests a second"] * bool(v["per_second"])
-    limits += [f"{v['per_day']} inputs a day"] * bool(v["per_day"])
+    limits = [f"{v['per_second']:g} requests a second"] if v["per_second"] else []
+    limits += [f"{v['per_day']} inputs a day"] if v["per_day"] else []
     models = f" of {', '.join(v['models'])}" if v["models"] else ""
     return f"{', '.join(v['scopes'])}{models}" + (f"; at most {' and '.join(limits)}" if limits else "")

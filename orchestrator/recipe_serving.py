@@ -12,6 +12,13 @@ from orchestrator.section import Section
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+def full_path(given: str, example: str, does: str) -> str:
+    """Raises ValueError if it depends on the folder that a process runs in."""
+    if not given.startswith("/"):
+        raise ValueError(f"must be a full path, such as {example}: another process {does} it")
+    return given
+
+
 class Tls(Section):
     """Files on the machine that listens; TLS 1.2 or newer is spoken."""
 
@@ -19,6 +26,11 @@ class Tls(Section):
     """PEM, with the whole chain."""
     key: str
     """PEM, without a password."""
+
+    @field_validator("certificate", "key")
+    @classmethod
+    def _is_a_full_path(cls, given: str) -> str:
+        return full_path(given, "/etc/endpoint/chain.pem", "reads")
 
 
 class Rollout(Section):
@@ -59,7 +71,8 @@ class Traces(Section):
 
 
 class Shelf(Section):
-    """Replicas that many models share. The first model that comes to the shelf starts it, and later ones find it as it is."""
+    """Replicas that many models share. The first model that comes to the shelf starts it, and later ones change what of this
+    their recipes name."""
 
     bytes: int = Field(default=2_000_000_000, ge=1_000_000, le=1_000_000_000_000)
     """Memory that the models which are loaded may take in each replica, beside the some 600 MB of the process itself. The
@@ -93,9 +106,7 @@ class Listen(Section):
     @field_validator("request_log")
     @classmethod
     def _is_a_full_path(cls, given: str | None) -> str | None:
-        if given is not None and not given.startswith("/"):
-            raise ValueError("must be a full path, such as /var/log/endpoint.jsonl: another process writes it")
-        return given
+        return given if given is None else full_path(given, "/var/log/endpoint.jsonl", "writes")
 
     @property
     def is_open(self) -> bool:
@@ -114,8 +125,11 @@ class Serving(Listen):
     max_batch_size: int = Field(default=32, ge=1, le=4096)
     """Instances that are predicted together at most."""
     precision: Precision = "auto"
-    """Of a model that torch computes. ``auto``: bf16 where the hardware multiplies it, it is faster, and rows that it was
+    """Of a model that was not compressed. ``auto``: bf16 where the hardware multiplies it, it is faster, and rows that it was
     evaluated on keep their labels (no probability moves by more than 0.01); else fp32."""
+    runtime: Literal["auto", "torch"] = "auto"
+    """What computes a model that was not compressed. ``auto``: OpenVINO on processors where the extra ``openvino`` is
+    installed, under the same conditions as bf16; else torch. On the shelf, torch."""
     latency_budget_ms: float = Field(default=50.0, gt=0.0, le=60_000.0)
     """What a request may take; the autoscaling follows from it."""
     request_timeout_s: float = Field(default=30.0, gt=0.0, le=3600.0)

@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ KEY = "key.json"
 REGISTRY_DATABASE = "registry/registry.db"
 STUDIES_DATABASE = "tune/studies.db"
 _CHUNK_BYTES = 1 << 20
-_FLUSH_BYTES = 16 << 20
 _FORGOTTEN_S = 86_400.0
 
 
@@ -118,9 +117,9 @@ def key_location(number: str) -> str:
     return f"{keys_location()}/{number}"
 
 
-def usage_file(day: str) -> str:
-    """Inputs per key on a day."""
-    return f"serve/usage/{day}.json"
+def usage_location(day: str) -> str:
+    """Inputs per key on a day, a JSON file of each gateway."""
+    return f"serve/usage/{day}"
 
 
 def cache_root() -> Path:
@@ -240,7 +239,7 @@ class Storage:
         staging.mkdir(parents=True)
         try:
             fs.copy_files(self._remote(location), str(staging), source_filesystem=self.filesystem)
-            staging.replace(path)
+            _move_in(staging, path)
         except FileNotFoundError:
             raise IntegrityError(f"{self.url}/{location} is not there", "run the stage that writes it again") from None
         finally:
@@ -292,6 +291,22 @@ class Storage:
                 self.filesystem.delete_dir(self._remote(location))
 
 
+def _move_in(fetched: Path, path: Path) -> None:
+    """Another process may have fetched the same meanwhile, or this one a folder inside it: file by file then, the manifests
+    last and the outermost last of all."""
+    try:
+        fetched.replace(path)
+        return
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+    for file in sorted(fetched.rglob("*"), key=lambda f: (f.name == MANIFEST, -len(f.parts))):
+        if file.is_file():
+            target = path / file.relative_to(fetched)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+
+
 def _drop_forgotten(staging: Path) -> None:
     """Remove what writers that were killed left behind: nothing was written there for a day."""
     for folder in staging.iterdir() if staging.is_dir() else ():
@@ -338,50 +353,6 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Any) -> str:
     """Hash of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-class HashingFile:
-    """A binary file for writing, with the SHA-256 of what was written to it.
-
-    The disk writes while the caller computes: a flush of everything at the end would leave the cores idle.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self._digest = hashlib.sha256()
-        self._flusher = ThreadPoolExecutor(1, "flush")
-        self._flushes: list[Future[None]] = []
-        self._unflushed_bytes = 0
-
-    def write(self, content: Any) -> int:
-        view = memoryview(content).cast("B")
-        self._digest.update(view)
-        written = 0
-        while written < len(view):  # a disk that fills up takes a part first
-            written += self._file.write(view[written:])
-        self._unflushed_bytes += written
-        if self._unflushed_bytes >= _FLUSH_BYTES:
-            self._flushes.append(self._flusher.submit(os.fdatasync, self._file.fileno()))
-            self._unflushed_bytes = 0
-        return written
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """Raises OSError when a flush failed: the system reports that once only."""
-        self._flusher.shutdown()
-        self._file.close()
-        for flush in self._flushes:
-            flush.result()
 
 
 def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None) -> str:

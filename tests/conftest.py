@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torch's threads wait for each other in a loop that keeps their core busy. Where other processes want the same cores, a step of
 # our small networks then takes up to a second instead of 10 ms: here they sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A deadline of 200 ms for each example would measure how busy the machine is.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 WORDS = {
     "good": ("great", "lovely", "rich", "smooth", "fresh", "tasty", "crisp", "perfect", "delicious", "happy"),

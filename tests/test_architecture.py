@@ -54,6 +54,13 @@ def test_the_recipe_parses_without_torch_or_ray() -> None:
     assert output.stdout.strip() == "[]"
 
 
+def test_the_stages_come_without_plots() -> None:
+    """A command that draws nothing does not wait for matplotlib."""
+    code = "import sys, orchestrator.pipeline, orchestrator.evaluate; print('matplotlib' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert output.stdout.strip() == "False"
+
+
 def test_every_verb_is_a_command_and_a_job() -> None:
     from orchestrator.cli import VERBS, app
 

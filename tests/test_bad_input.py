@@ -95,6 +95,10 @@ def test_a_recipe_without_a_search_has_nothing_to_tune(recipe: Recipe, capsys: p
     assert "the recipe has no tuning section: add one: tuning: {trials: 24}" in refused(capsys, "tune", recipe(TABLE))
 
 
+def test_a_recipe_without_limits_has_nothing_to_compress(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the recipe has no compression section: add one" in refused(capsys, "compress", recipe(TABLE))
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
@@ -175,6 +179,8 @@ def test_a_backbone_that_is_not_there_offline_says_what_can_be_named(
     path = recipe(TABLE)
     said = refused(capsys, "prepare", path, "--set", "model.backbone=no-such/backbone")
     assert "no-such/backbone" in said and "package:" in said
+    said = refused(capsys, "prepare", path, "--set", "model.backbone=./nowhere")
+    assert "not a folder with a config.json" in said
 
 
 def test_more_workers_than_there_are_cores_are_refused(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,11 +156,53 @@ def test_feedback_that_may_have_arrived_is_not_sent_twice(call: Any, pauses: lis
 
 
 @both
+@pytest.mark.parametrize(
+    "answer",
+    [httpx.Response(502), httpx.Response(504, content=b"<html>"), httpx.Response(503, json={
+        "error": {"code": "timeout", "message": "the request was not answered within 30 s", "next_step": "later"}})],
+)  # fmt: skip
+def test_feedback_of_which_nobody_says_that_it_was_turned_away_is_not_sent_twice(
+    call: Any, answer: httpx.Response, pauses: list[float]
+) -> None:
+    endpoint = Endpoint(answer, answer)
+    with pytest.raises(EndpointError):
+        call(endpoint, "feedback", ("reviews", "r-1", "bad"))
+    assert (len(endpoint.asked), pauses) == (1, [])
+    with pytest.raises(EndpointError):
+        call(endpoint := Endpoint(answer, answer), "predict", ("reviews", ["a"]), retries=1)
+    assert len(endpoint.asked) == 2, "what changes nothing is"
+
+
+@both
+def test_feedback_that_was_turned_away_is_sent_again(call: Any, pauses: list[float]) -> None:
+    often = httpx.Response(429, json={"error": {"code": "too_often", "message": "wait", "next_step": "wait"}})
+    endpoint = Endpoint(often, BUSY, httpx.Response(200, json={"stored": True}))
+    call(endpoint, "feedback", ("reviews", "r-1", "bad"))
+    assert len(endpoint.asked) == 3
+
+
+@both
+def test_a_client_may_have_a_name(call: Any) -> None:
+    endpoint = Endpoint(FINE, FINE)
+    call(endpoint, "predict", ("reviews", ["a"]), client_id="shop-7")
+    call(endpoint, "predict", ("reviews", ["a"]))
+    assert [request.headers.get("x-client-id") for request in endpoint.asked] == ["shop-7", None]
+
+
+@both
 @pytest.mark.parametrize("content", [b"<html>", b"", b"[]", b"{}"])
-def test_something_else_that_listens_there_is_said(call: Any, content: bytes) -> None:
-    with pytest.raises(EndpointError, match="answered 502|without saying why") as caught:
-        call(Endpoint(httpx.Response(502, content=content)), "models", retries=0)
-    assert caught.value.code == "no_contract"
+@pytest.mark.parametrize("status", [200, 502])
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("models", ()), ("model", ("reviews",)), ("predict", ("reviews", ["a"])), ("explain", ("reviews", "a")),
+     ("feedback", ("reviews", "r-1", "bad"))],
+)  # fmt: skip
+def test_something_else_that_listens_there_is_said(
+    call: Any, method: str, arguments: Sequence[Any], status: int, content: bytes
+) -> None:
+    with pytest.raises(EndpointError, match=f"answered {status}, but not as an endpoint does") as caught:
+        call(Endpoint(httpx.Response(status, content=content)), method, arguments, retries=0)
+    assert (caught.value.status, caught.value.code) == (status, "no_contract")
 
 
 @both

@@ -48,15 +48,20 @@ def test_an_own_instance_takes_its_own_token_and_leaves_the_users_environment_as
     """In a process of its own: twice, under a token and a mode of the user that would not fit, from a long TMPDIR."""
     (tmp_path / "temporary-files-of-a-batch-system").mkdir()
     script = """
-import os
+import os, signal
 from orchestrator.session import connect
 
+def stop(number, frame):
+    raise SystemExit
+
+signal.signal(signal.SIGTERM, stop)
 names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 before = [os.environ.get(name) for name in names]
 for _ in range(2):  # the second one after the first has left
     with connect() as session:
         import ray
         assert session.is_private and "RAY_AUTH_TOKEN" not in os.environ
+        assert signal.getsignal(signal.SIGTERM) is stop, "and not Ray's own"
         assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_TOKEN_PATH"]).remote()) == session.token_path
     assert [os.environ.get(name) for name in names] == before
     assert not session.scratch.exists()
@@ -65,7 +70,7 @@ print("well")
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "0" * 64,
                                 "TMPDIR": str(tmp_path / "temporary-files-of-a-batch-system")}  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
-    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240)
     assert ran.stdout.splitlines()[-1:] == ["well"], ran.stderr[-3000:]
 
 
@@ -73,27 +78,41 @@ print("well")
 def test_a_worker_that_hangs_while_it_exits_does_not_stay(tmp_path: Path) -> None:
     """Ray has forgotten it by then."""
     script = """
-import atexit, os, time
+import atexit, os, pathlib, sys, time
 from orchestrator.session import connect
+
+exiting = pathlib.Path(sys.argv[1])
+
+def wait_until(fact):
+    deadline = time.monotonic() + 60
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 with connect():
     import ray
 
     class Hanging:
         def process(self):
-            atexit.register(time.sleep, 300)
+            atexit.register(self.hang)
             return os.getpid()
+
+        def hang(self):
+            exiting.touch()
+            time.sleep(300)
 
     actor = ray.remote(Hanging).remote()
     pid = ray.get(actor.process.remote())
     actor.__ray_terminate__.remote()
-    time.sleep(2)
+    wait_until(exiting.exists)
+    time.sleep(1)  # so that Ray forgets it
     assert os.path.exists(f"/proc/{pid}"), "it hangs"
-time.sleep(3)
-print("gone" if not os.path.exists(f"/proc/{pid}") else pid)
+wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
+print("gone")
 """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", script, str(tmp_path / "exiting")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert ran.stdout.splitlines()[-1:] == ["gone"], ran.stderr[-3000:]
 
 
@@ -108,6 +127,6 @@ def test_what_comes_too_late_starts_no_other_ray() -> None:
         "except Exception as error:\n    print(type(error).__name__)\n"
         "assert not ray.is_initialized()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip(), "it was refused"

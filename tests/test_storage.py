@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from orchestrator.data.hashing_file import HashingFile
 from orchestrator.errors import DiskFull, IntegrityError, UserError
 from orchestrator.storage import (
     MANIFEST,
-    HashingFile,
     Storage,
     atomic_write,
     disk_errors,

@@ -28,6 +28,8 @@ class ImageEncoder:
 
     kind: ClassVar[Literal["image"]] = "image"
     max_pixels: int = MAX_PIXELS
+    threads: int | None = None
+    """That decode; None: one for each core."""
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         """``image_size`` in pixels; ``mean`` and ``std`` of each channel of values within 0 and 1."""
@@ -44,7 +46,7 @@ class ImageEncoder:
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         """Pillow decodes and resizes without the interpreter's lock."""
-        return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+        return ThreadPoolExecutor(self.threads or os.cpu_count() or 1, thread_name_prefix="decode")
 
     def encode(self, inputs: Sequence[bytes]) -> Encoded:
         are_small = sum(map(len, inputs)) < SMALL_IMAGE_BYTES * len(inputs)

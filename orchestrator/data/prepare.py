@@ -20,6 +20,7 @@ from orchestrator.data.cleaning import REASONS, SPLITS, Verdict, count
 from orchestrator.data.dataset import SLICE, column_at, row_columns, write_split
 from orchestrator.data.decide import Decision, Facts, decide
 from orchestrator.data.encoder import ENCODER, Encoder
+from orchestrator.data.hashing_file import HashingFile
 from orchestrator.data.intake import Intake, Rows
 from orchestrator.data.schema import Schema, infer_schema
 from orchestrator.data.sources import Source
@@ -33,7 +34,6 @@ from orchestrator.storage import (
     RECIPE,
     RECORD,
     ROWS,
-    HashingFile,
     Storage,
     folder_bytes,
     sha256_json,

@@ -21,7 +21,7 @@ import torch
 from orchestrator.errors import UserError
 from orchestrator.models.program import PROGRAM, PROGRAM_WEIGHTS, read_program
 from orchestrator.models.runtimes import Answering, RuntimeNetwork
-from orchestrator.storage import cache_root
+from orchestrator.storage import cache_root, sync_folder
 
 _COMPILERS = ("g++", "clang++", "c++")
 _KEPT = 16
@@ -41,15 +41,27 @@ class CompiledNetwork(RuntimeNetwork):
         answering = Answering.read(folder)
         cache = cache_root() / "compiled"
         package = cache / f"{_key(folder)}.pt2"
-        if not package.exists():
+        try:
+            return cls(answering, _loaded(package))
+        except FileNotFoundError:  # never compiled here, or just forgotten by another process
             _compile(folder, answering, package)
             _forget(cache)
-        os.utime(package)
-        return cls(answering, torch._inductor.aoti_load_package(str(package)))
+            return cls(answering, _loaded(package))
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         values = [inputs[name].cpu().contiguous() for name in self.answering.inputs]
         return self._run(*values).to(next(iter(inputs.values())).device)
+
+
+def _loaded(package: Path) -> Callable[..., torch.Tensor]:
+    """Raises FileNotFoundError."""
+    os.utime(package)  # first: others do not forget what was used just now
+    try:
+        run: Callable[..., torch.Tensor] = torch._inductor.aoti_load_package(str(package))
+        return run
+    except RuntimeError:
+        package.stat()  # else one had begun to, and then it is not there
+        raise
 
 
 def has_compiler() -> bool:
@@ -92,7 +104,10 @@ def _compile(folder: Path, answering: Answering, package: Path) -> None:
         made = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(scratch) / package.name), inductor_configs=options
         )
+        with Path(made).open("rb") as file:
+            os.fsync(file.fileno())
         Path(made).replace(package)  # another process may have been as quick
+        sync_folder(package.parent)
 
 
 def _example(shape: tuple[int, ...]) -> torch.Tensor:
@@ -101,5 +116,13 @@ def _example(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _forget(cache: Path) -> None:
-    for old in sorted(cache.glob("*.pt2"), key=lambda file: -file.stat().st_mtime)[_KEPT:]:
+    for old in sorted(cache.glob("*.pt2"), key=_last_used, reverse=True)[_KEPT:]:
         old.unlink(missing_ok=True)
+
+
+def _last_used(file: Path) -> float:
+    """Of one that another process forgets just now: never."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -106,7 +106,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _value(value: Any, results: Mapping[str, fx.Node], held: Mapping[str, fx.Node]) -> Any:
-    """An argument as it was before ``compression/program_form.py`` wrote it down."""
+    """An argument as it was before ``exporting/program_form.py`` wrote it down."""
     if isinstance(value, list):
         return [_value(one, results, held) for one in value]
     if not isinstance(value, dict):

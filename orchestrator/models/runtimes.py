@@ -1,6 +1,6 @@
 """Networks that another runtime computes: ONNX Runtime, OpenVINO, or a traced torch program.
 
-In: a folder that ``compression/forms.py`` wrote: the runtime's own files, and a config.json with the number of classes, the
+In: a folder that ``exporting/forms.py`` wrote: the runtime's own files, and a config.json with the number of classes, the
 names of the inputs and the number of parameters. Out: ``Network``s that answer and cannot be trained. They need neither the
 code nor the package that the network was made of. Threads: as many as torch has when the network is loaded.
 """

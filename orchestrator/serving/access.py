@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import logging
 import math
 import secrets
+import socket
+import threading
 import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,9 +26,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.errors import UserError
 from orchestrator.serving.contract import ApiError
-from orchestrator.storage import KEY, Storage, key_location, keys_location, usage_file
+from orchestrator.serving.prediction_files import files_in
+from orchestrator.serving.watching import Complaints
+from orchestrator.storage import KEY, Storage, key_location, keys_location, usage_location
 
-log = logging.getLogger(__name__)
 Scope = Literal["predict", "feedback", "admin"]
 SCOPES: tuple[Scope, ...] = ("predict", "feedback", "admin")
 _PREFIX, _ID_BYTES, _SECRET_BYTES = "orc", 6, 32
@@ -73,7 +77,8 @@ def own_key(storage: Storage, model: str) -> Iterator[str]:
 
 
 def list_keys(storage: Storage) -> list[Key]:
-    found = (_read(storage, number) for number in storage.children(keys_location()))
+    complaints = Complaints()
+    found = (_read(storage, number, complaints) for number in storage.children(keys_location()))
     return sorted((key for key in found if key is not None), key=lambda key: (key.created, key.id))
 
 
@@ -96,8 +101,21 @@ def make_key(
 def keys_and_use(root: str) -> list[dict[str, Any]]:
     """Of each key what may be shown, and what it has used today; endpoints write that down within seconds."""
     storage = Storage(root)
-    used = storage.read_json(usage_file(datetime.now(UTC).date().isoformat())) or {}
+    used = used_on(storage, datetime.now(UTC).date().isoformat())
     return [told(key, used) for key in list_keys(storage)]
+
+
+def used_on(storage: Storage, day: str, host: str | None = None) -> Counter[str]:
+    """Key -> inputs, as all gateways have written them down, or those of one machine alone."""
+    used = Counter[str]()
+    for file in files_in(storage, usage_location(day), ".json"):
+        if host is None or _host_of(file.rpartition("/")[2]) == host:
+            used.update(storage.read_json(file) or {})
+    return used
+
+
+def _host_of(writer: str) -> str:
+    return writer.rpartition("-")[0]
 
 
 def revoke(root: str, number: str) -> Key:
@@ -110,14 +128,23 @@ def revoke(root: str, number: str) -> Key:
     return key
 
 
-def _read(storage: Storage, number: str) -> Key | None:
-    """None for one that is no more, or damaged: it opens nothing, and keeps no other from opening."""
+def _read(storage: Storage, number: str, complaints: Complaints) -> Key | None:
+    """None for one that is no more, damaged or not to be read: it opens nothing, and keeps no other from opening."""
+    location = f"{key_location(number)}/{KEY}"
     try:
-        values = storage.read_json(f"{key_location(number)}/{KEY}")
-        return None if values is None else Key.model_validate(values)
+        values = storage.read_json(location)
+        key = None if values is None else Key.model_validate(values)
     except ValueError:
-        log.warning("the key %s in %s is damaged", number, storage.url)
-        return None
+        complaints.tell(number, f"the key {storage.place(location)} is damaged: revoke it, and create another")
+    except OSError as error:
+        why = error.strerror or str(error)
+        complaints.tell(
+            number, f"the key {storage.place(location)} cannot be read ({why}): let the endpoint's user read it"
+        )
+    else:
+        complaints.settle(number)
+        return key
+    return None
 
 
 def _hash(secret: str) -> str:
@@ -133,6 +160,8 @@ class _Spent:
     at_s: float
     today: int = 0
     """Inputs."""
+    before: int = 0
+    """Of those: that this process did not count itself."""
 
 
 @dataclass
@@ -147,17 +176,21 @@ class Keys:
     counted: str = ""
     """The day that is counted."""
     written: Mapping[str, int] = field(default_factory=dict)
+    writer: str = field(default_factory=lambda: f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}")
+    """Several gateways write down what was used, each in a file of its own."""
+    complaints: Complaints = field(default_factory=Complaints)
 
     def refresh(self) -> None:
         """Forget keys that were revoked, learn new ones, write down what was used. One call at a time."""
         there = self.storage.children(keys_location())
-        new = {number: _read(self.storage, number) for number in there if number not in self.known}
-        kept = {number: key for number, key in self.known.items() if number in there}
-        self.known = kept | {number: key for number, key in new.items() if key is not None}
+        self.known = {number: key for number, key in self.known.items() if number in there}
+        new = {number: _read(self.storage, number, self.complaints) for number in there if number not in self.known}
+        self.known |= {number: key for number, key in new.items() if key is not None}
         self._begin_day()
-        used = self.used()
+        used = {number: spent.today - spent.before for number, spent in list(self.spent.items())}
+        used = {number: inputs for number, inputs in used.items() if inputs}
         if used != self.written:
-            self.storage.write_json(usage_file(self.counted), used)
+            self.storage.write_json(f"{usage_location(self.counted)}/{self.writer}.json", used)
             self.written = used
 
     def used(self) -> dict[str, int]:
@@ -165,14 +198,15 @@ class Keys:
         return {number: spent.today for number, spent in list(self.spent.items()) if spent.today}
 
     def _begin_day(self) -> None:
-        """What was counted before a restart counts; what was counted yesterday does not."""
+        """What was counted on this machine before a restart counts; what was counted yesterday does not."""
         today = self.day()
         if today == self.counted:
             return
-        earlier: Mapping[str, int] = {} if self.counted else self.storage.read_json(usage_file(today)) or {}
+        earlier = {} if self.counted else used_on(self.storage, today, _host_of(self.writer))
         for number in {*self.spent, *earlier}:
-            self._of(number).today = earlier.get(number, 0)
-        self.counted, self.written = today, dict(earlier)
+            spent = self._of(number)
+            spent.today = spent.before = earlier.get(number, 0)
+        self.counted, self.written = today, {}
 
     def admit(self, shown: str | None, scope: Scope | None, model: str | None) -> Key:
         """The key that a request shows, which counts as one of its requests. ``scope``: None for what any key opens; ``model``:
@@ -183,7 +217,7 @@ class Keys:
         key = self._recognised(shown)
         is_scoped = scope is None or scope in key.scopes
         if not is_scoped or not _opens(key, model):
-            what = f"the model {model}" if is_scoped else scope
+            what = scope if not is_scoped else "what concerns all models" if model is None else f"the model {model}"
             raise ApiError(403, "forbidden", f"the key {key.name!r} does not open {what}", "ask for one that does")
         self._take_request(key)
         return key
@@ -233,6 +267,11 @@ class Keys:
                            f"{spent.today}", "go on tomorrow (UTC), or ask for more", retry_after_s=left_s)  # fmt: skip
         spent.today += inputs
 
+    def give_back(self, key: Key, inputs: int) -> None:
+        """That were taken, and not computed."""
+        spent = self._of(key.id)
+        spent.today = max(spent.before, spent.today - inputs)  # another day may have begun
+
 
 @dataclass
 class Rings:
@@ -240,6 +279,8 @@ class Rings:
 
     known: dict[str, Keys] = field(default_factory=dict)
     """By the storage's URL."""
+    complaints: Complaints = field(default_factory=Complaints)
+    one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def learn(self, storage: str) -> None:
         if storage not in self.known:
@@ -248,22 +289,29 @@ class Rings:
             self.known.setdefault(storage, keys)
 
     def refresh(self) -> None:
-        for storage, keys in list(self.known.items()):
-            try:
-                keys.refresh()
-            except Exception:
-                log.warning("cannot read the keys in %s", storage, exc_info=True)
+        with self.one_at_a_time:
+            for storage, keys in list(self.known.items()):
+                try:
+                    keys.refresh()
+                except Exception as error:  # noqa: BLE001  (those known so far go on being used)
+                    self.complaints.tell(storage, f"cannot see the keys in {storage}: {error!r}", exc_info=True)
+                else:
+                    self.complaints.settle(storage)
 
 
 def _opens(key: Key, model: str | None) -> bool:
-    return model is None or not key.models or model in key.models
+    """``model``: None for what concerns all."""
+    return not key.models or model in key.models
 
 
 def admit_any(locks: Sequence[Keys], shown: str | None) -> Key:
-    """An administrator of any of these. Raises ApiError as the last of them does."""
+    """An administrator of all models in any of these. Raises ApiError as the one does that knows the key."""
     for keys in locks[:-1]:
-        with contextlib.suppress(ApiError):
+        try:
             return keys.admit(shown, "admin", None)
+        except ApiError as error:
+            if error.status != 401:
+                raise
     return locks[-1].admit(shown, "admin", None)
 
 

@@ -10,12 +10,12 @@ import socket
 import ssl
 import time
 import urllib.request
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from http.client import HTTPResponse
 
 from orchestrator.errors import PortInUse, ServingFailed
 from orchestrator.recipe_serving import Serving, Tls, is_loopback
-from orchestrator.serving.contract import OWN_REQUEST_ID
 
 _PATIENCE_S, _ANSWER_S, _POLL_S = 30.0, 5.0, 0.1
 
@@ -64,10 +64,12 @@ class Endpoint:
 
     url: str
     key: str | None = None
+    request_id: str = field(default_factory=lambda: f"known-answers-{uuid.uuid4().hex}")
+    """Of all requests: none of them is a user's, and who expects this id can tell."""
 
     def open(self, path: str, body: bytes | None = None, timeout_s: float = _ANSWER_S) -> HTTPResponse:
         """Raises what urllib does."""
-        headers = {"content-type": "application/json", "x-request-id": OWN_REQUEST_ID}
+        headers = {"content-type": "application/json", "x-request-id": self.request_id}
         if self.key is not None:
             headers["authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(f"{self.url}{path}", body, headers)

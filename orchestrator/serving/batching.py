@@ -39,10 +39,12 @@ class _Waiting(Generic[T, R]):
 class Batcher(Generic[T, R]):
     """Computes in one thread, in the order of arrival, as many requests together as fit in a batch."""
 
-    def __init__(self, compute: Callable[[list[T]], list[R]], max_batch_size: int) -> None:
-        """``compute``: inputs -> as many results."""
+    def __init__(
+        self, compute: Callable[[list[T]], list[R]], max_batch_size: int, thread: ThreadPoolExecutor | None = None
+    ) -> None:
+        """``compute``: inputs -> as many results. ``thread``: which computes; None for one of its own."""
         self.compute, self.max_batch_size = compute, max_batch_size
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="predict")
+        self.thread = thread or ThreadPoolExecutor(1, thread_name_prefix="predict")
         self.waiting: deque[_Waiting[T, R]] = deque()
         self.worker: asyncio.Task[None] | None = None
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from orchestrator.serving.contract import Input
+from orchestrator.serving.contract import Answers, Input
 
 _ENTRY_BYTES = 250
 """Of an entry, besides its answer."""
@@ -56,3 +56,23 @@ class AnswerCache:
         """A text and an image of the same bytes differ."""
         content, kind = (value.encode(), b"t") if isinstance(value, str) else (value, b"i")
         return blake2b(content, digest_size=16, key=self._salt, person=kind).digest()
+
+
+async def remembered(
+    cache: AnswerCache, version: str, ask: Callable[[Sequence[Input]], Awaitable[Answers]], inputs: Sequence[Input]
+) -> Answers:
+    """From memory, what is there; the rest is asked for. ``version``: whose answers the cache holds."""
+    found = cache.known(inputs)
+    missing = [index for index in range(len(inputs)) if index not in found]
+    if not missing:
+        return Answers(version=version, outputs=list(found.values()), cached=len(found))
+    answers = await ask([inputs[index] for index in missing])
+    if answers.version != version:  # a new version has just come: one request, one version
+        return await ask(inputs) if found else answers
+    for place, index in enumerate(missing):
+        found[index] = answers.outputs[place]
+        if place not in answers.unreadable:
+            cache.keep(inputs[index], answers.outputs[place])
+    unreadable = {missing[place]: reason for place, reason in answers.unreadable.items()}
+    outputs, cached = [found[index] for index in range(len(inputs))], len(inputs) - len(missing)
+    return answers.model_copy(update={"outputs": outputs, "unreadable": unreadable, "cached": cached})

@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:-]{1,128}$"
-OWN_REQUEST_ID = "known-answers"
-"""Of what a deployment asks to see whether the endpoint answers as it should: no user sent it, and it is not recorded."""
 _MAX_TEXT_CHARACTERS = 1_000_000
+_SMALL_BYTES = 65_536
+"""A body of this size is parsed in milliseconds, whatever it holds."""
+_MAX_DIGITS = 1000
 LABEL, PROBABILITIES = "label", "probabilities"
 
 Input = str | bytes
@@ -75,7 +76,7 @@ class ModelInfo(Shape):
     labels: tuple[str, ...]
     limits: Limits
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What torch multiplies in; a model that another runtime computes has its own."""
+    """What a model that was not compressed is multiplied in; one that was has its own."""
 
     def metadata(self, versions: Sequence[str]) -> dict[str, Any]:
         """The Open Inference Protocol's model metadata. ``versions``: all that can be asked by their number."""
@@ -137,13 +138,13 @@ class ExplainRequest(Shape):
 
 def read_predict(body: bytes, model: ModelInfo) -> list[Input]:
     """Inputs of a ``/v1`` predict request. Raises ApiError 400 (not JSON) or 422 (not what this model takes)."""
-    request = checked(PredictRequest, body)
+    request = checked(PredictRequest, body, model)
     return read_inputs(request.instances, "instances", model)
 
 
 def read_feedback(body: bytes, model: ModelInfo) -> FeedbackRequest:
     """A feedback request. Raises ApiError 400 or 422."""
-    request = checked(FeedbackRequest, body)
+    request = checked(FeedbackRequest, body, model)
     if request.label not in model.labels:
         refuse("label", f"must be one of {', '.join(model.labels[:20])}, but is {shown(request.label)}")
     return request
@@ -151,7 +152,7 @@ def read_feedback(body: bytes, model: ModelInfo) -> FeedbackRequest:
 
 def read_explain(body: bytes, model: ModelInfo) -> tuple[Input, ExplainRequest]:
     """One input, and what is asked of it. Raises ApiError 400 or 422."""
-    request = checked(ExplainRequest, body)
+    request = checked(ExplainRequest, body, model)
     if request.label not in (None, *model.labels):
         refuse("label", f"must be one of {', '.join(model.labels[:20])}, but is {shown(request.label)}")
     (value,) = read_inputs([request.instance], "instance", model)
@@ -167,6 +168,10 @@ class Caller(NamedTuple):
     identity: str | bytes
     """The same for all requests of one client, or of one content: it stays with one version."""
     request_id: str
+    chance: float = 0.0
+    """Uniform in [0, 1), drawn by the gateway: whether the request belongs to a sample is not the client's choice."""
+    due_s: float = math.inf
+    """When the request's time is up, by the event loop's clock."""
 
 
 class Answers(Shape):
@@ -196,6 +201,8 @@ class Explained(Shape):
     """Fields of ``explain.Explanation``."""
     refused: tuple[str, str] | None = None
     """Why there is none, and what can be done."""
+    busy: bool = False
+    """There is none because another input is being explained."""
 
 
 def predict_answer(answers: Answers, model: ModelInfo, request_id: str) -> dict[str, Any]:
@@ -225,7 +232,11 @@ def parse_json(body: bytes) -> Any:
     """
     try:
         return json.loads(
-            body.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+            body.decode("utf-8-sig"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_whole,
         )
     except UnicodeDecodeError as error:
         reason = f"byte {error.start} is not UTF-8"
@@ -250,6 +261,12 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:  # would take the square of its length
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return int(digits)
+
+
 def _finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
@@ -260,7 +277,8 @@ def _finite(digits: str) -> float:
 _Request = TypeVar("_Request", bound=Shape)
 
 
-def checked(shape: type[_Request], body: bytes) -> _Request:
+def checked(shape: type[_Request], body: bytes, model: ModelInfo) -> _Request:
+    _check_values(body, model)
     value = parse_json(body)
     if not isinstance(value, Mapping):
         refuse("the body", f"must be a JSON object, but is {_kind(value)}")
@@ -269,6 +287,21 @@ def checked(shape: type[_Request], body: bytes) -> _Request:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         refuse(_dotted(first["loc"]), _problem(first, shape))
+
+
+def _check_values(body: bytes, model: ModelInfo) -> None:
+    """Refuses a large body of more values than any request to this model has, before objects are made of them: millions of
+    them would hold up everybody's requests for a second, in whatever thread."""
+    if len(body) <= _SMALL_BYTES:
+        return
+    most = 4 * model.limits.max_instances + 4096  # an image is two: its object and its text
+    pieces = (
+        body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', most)
+    )  # within texts, and between them, by turns
+    between = b"".join(pieces[::2])
+    if len(pieces) > most or sum(map(between.count, (b",", b"[", b"{"))) > most:
+        refuse("the body", f"holds more values than any request to {model.model_name} does: it takes at most"
+               f" {model.limits.max_instances} instances at once", "send fewer at a time")  # fmt: skip
 
 
 def _problem(error: Mapping[str, Any], shape: type[Shape]) -> str:

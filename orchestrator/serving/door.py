@@ -22,8 +22,14 @@ from orchestrator.errors import PortInUse, ServingFailed
 from orchestrator.recipe_serving import Listen
 
 _HEAD_S = 20.0
-"""Within which a request's head has to be there, and a new connection has to send one."""
+"""Within which TLS has to be agreed on, and a request's head has to be there, also the first of a new connection."""
 _HEAD_BYTES = 65_536
+_PIECE_BYTES = 16_384
+"""Are parsed at once: nothing is looked at in between."""
+_MAX_QUEUED = 16
+"""Requests that one connection may send ahead of the answers."""
+_UNREAD_S = 30
+"""Of an answer that its client takes no further byte of."""
 _KEEP_ALIVE_S = 75
 """Longer than load balancers keep a connection that nobody uses (60 s), so that they close it and not we."""
 _MAX_CONNECTIONS = 8192
@@ -93,9 +99,27 @@ class _Server(uvicorn.Server):
         """Signals are the business of the process that this one is a part of."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own has no limit for who agrees on no encryption: asyncio's is a minute."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise ServingFailed("the endpoint does not start", "see Serve's logs")
+        loop, tls = asyncio.get_running_loop(), self.config.ssl
+
+        def protocol() -> _Protocol:
+            return _Protocol(self.config, self.server_state, self.lifespan.state, loop)
+
+        self.servers = [
+            await loop.create_server(protocol, sock=listener, backlog=self.config.backlog, ssl=tls,
+                                     ssl_handshake_timeout=_HEAD_S if tls else None)
+            for listener in sockets or ()
+        ]  # fmt: skip
+        self.started = True
+
 
 class _Protocol(HttpToolsProtocol):
-    """One connection. What uvicorn leaves open: who sends no head, or an endless one, is cut off; so is who is too many."""
+    """One connection. What uvicorn leaves open: who sends no head, or an endless one, or dozens before the first is answered,
+    is cut off; so is who is too many."""
 
     full: ClassVar[bytes] = (
         b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -104,7 +128,8 @@ class _Protocol(HttpToolsProtocol):
         b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
     )
     head_due: TimerHandle | None = None
-    head_bytes = 0
+    head_bytes: int | None = None
+    """Of a head that has begun, and is not there."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -114,29 +139,47 @@ class _Protocol(HttpToolsProtocol):
             self._expect_head()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.head_due is not None:
-            self.head_bytes += len(data)
+        for start in range(0, len(data), _PIECE_BYTES):
+            if self.transport.is_closing():
+                return
+            self._piece_received(data[start : start + _PIECE_BYTES])
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_head()  # any byte ends uvicorn's own limit, also those that begin no request
+
+    def _piece_received(self, piece: bytes) -> None:
+        super().data_received(piece)
+        if self.head_bytes is not None:
+            self.head_bytes += len(piece)
             if self.head_bytes > _HEAD_BYTES:
                 self._end(self.too_long)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if self.head_due is None:
-            self._expect_head()
+        self.head_bytes = 0
+        self._expect_head()
 
     def on_headers_complete(self) -> None:
         self._head_is_there()
+        if len(self.pipeline) >= _MAX_QUEUED:
+            raise ValueError("too many requests at once")  # stops the parser; uvicorn answers 400 and closes
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()  # which uvicorn resumes, however many wait
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_there()
         super().connection_lost(exc)
 
     def _expect_head(self) -> None:
-        self.head_bytes, self.head_due = 0, self.loop.call_later(_HEAD_S, self.transport.close)
+        """No later than it already has to be there."""
+        if self.head_due is None and not self.transport.is_closing():
+            self.head_due = self.loop.call_later(_HEAD_S, self.transport.close)
 
     def _head_is_there(self) -> None:
+        self.head_bytes = None
         if self.head_due is not None:
             self.head_due.cancel()
             self.head_due = None
@@ -165,6 +208,7 @@ def _listener(host: str, port: int) -> socket.socket:
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", _SILENT_S),
         (socket.IPPROTO_TCP, "TCP_KEEPINTVL", _PROBE_S),
         (socket.IPPROTO_TCP, "TCP_KEEPCNT", _PROBES),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1000 * _UNREAD_S),
     ):
         if hasattr(socket, name):
             listener.setsockopt(level, getattr(socket, name), value)

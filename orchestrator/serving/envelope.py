@@ -16,6 +16,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -53,8 +54,10 @@ class Metrics:
             "orchestrator_retries", "Requests asked again of another replica.", by_model, registry=there
         )
         self.recorded = Counter(
-            "orchestrator_recorded", "Answers that are kept in the storage.", by_model, registry=there
+            "orchestrator_recorded", "Answers that were written to the storage.", by_model, registry=there
         )
+        self.recorded_dropped = Counter("orchestrator_recorded_dropped", "Answers that should have been kept and are lost.",
+                                        by_model, registry=there)  # fmt: skip
         self.replicas = Gauge("orchestrator_replicas", "Replicas that run.", by_model, registry=there)
         self.version_info = Gauge(
             "orchestrator_version_info", "1 for each version that answers.", by_version, registry=there
@@ -114,6 +117,8 @@ class Envelope:
         except asyncio.CancelledError:
             if not await _is_gone(receive):
                 raise
+        except ClientDisconnect:  # before its request was whole
+            pass
         except Exception as error:
             if statuses:
                 raise

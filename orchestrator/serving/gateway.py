@@ -7,15 +7,13 @@ Knows no Ray and no torch.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -44,15 +42,19 @@ from orchestrator.serving.contract import (
 )
 from orchestrator.serving.envelope import Envelope, Metrics, error_response
 from orchestrator.serving.inference_protocol import infer_answer, read_infer
+from orchestrator.serving.pages import page
 from orchestrator.serving.traces import PREDICT, READ, NoTracer, Tracer
 
 _MAX_BYTES_IN_FLIGHT = 256_000_000
 """Of request bodies at any moment: a crowd of large requests is turned away before memory runs out."""
+_LARGE_BYTES = 262_144
+"""A body from this size on is parsed in a thread."""
 _RETRY_AFTER_S = 1
 _SCOPES: Mapping[str, Scope] = {"predict": "predict", "infer": "predict", "explain": "predict", "feedback": "feedback"}
 """Of a key, by route; what is not here any key opens."""
 CLIENT_ID = "x-client-id"
-"""Header by which a client without a key stays with one version while two answer; without it, a content does."""
+"""Header by which a client, or one of several behind a key, stays with one version while two answer; without either, a
+content does."""
 _FOLDER = Path(__file__).parent
 
 
@@ -79,6 +81,9 @@ class Models(Protocol):
 
     def keys(self, name: str) -> Keys | None:
         """That open this model; None: it is open to all."""
+
+    def is_ready(self, name: str) -> bool:
+        """Whether a replica of it runs, or starts when it is asked."""
 
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -107,7 +112,8 @@ class Routes:
 
     def add_to(self, app: FastAPI) -> None:
         version = "/v2/models/{name}/versions/{version}"
-        metadata, ready = api.of_locked(api.ModelMetadata, error=api.ProtocolError), api.of_v2(api.ModelReady, 404)
+        metadata, ready = api.of_locked(api.ModelMetadata, error=api.ProtocolError), api.of_v2(api.ModelReady, 404, 503)
+        version_ready = api.of_locked(api.ModelReady, 503, error=api.ProtocolError)
         get: list[tuple[str, Any, str, api.Described]] = [
             ("/v1/models", self.list_models, "All models", api.of_get(api.ModelList)),
             ("/v1/models/{name}", self.describe, "What a model takes and answers", api.of_locked(ModelInfo, 405)),
@@ -115,11 +121,11 @@ class Routes:
              api.of_locked(None)),
             ("/v2", self.server, "Open Inference Protocol: server metadata", api.of_v2(api.ServerMetadata)),
             ("/v2/health/live", self.live, "The gateway runs", api.of_v2(api.Live)),
-            ("/v2/health/ready", self.ready, "Every model answers", api.of_v2(api.Ready, 503)),
+            ("/v2/health/ready", self.ready, "Every model has a replica, or starts one", api.of_v2(api.Ready, 503)),
             ("/v2/models/{name}", self.metadata, "Open Inference Protocol: model metadata", metadata),
-            ("/v2/models/{name}/ready", self.model_ready, "The model answers", ready),
+            ("/v2/models/{name}/ready", self.model_ready, "It has a replica, or starts one", ready),
             (version, self.version_metadata, "Metadata of one version", metadata),
-            (f"{version}/ready", self.version_ready, "This version answers", ready),
+            (f"{version}/ready", self.version_ready, "The same of one version", version_ready),
             ("/metrics", self.prometheus, "Prometheus metrics", api.of_metrics()),
         ]  # fmt: skip
         ask, tell, explain = (
@@ -139,7 +145,7 @@ class Routes:
         for path, endpoint, summary, answers in get:
             app.get(path, summary=summary, responses=answers, response_class=Response)(endpoint)
         for path, file in (("/", "page.html"), ("/docs", "docs.html")):
-            app.get(path, include_in_schema=False, response_class=Response)(_page(_FOLDER / file))
+            app.get(path, include_in_schema=False, response_class=Response)(page(_FOLDER / file))
         app.get("/-/healthz", include_in_schema=False, response_class=Response)(self.healthz)
         app.openapi = cache(partial(api.describe, app))  # type: ignore[method-assign]
 
@@ -148,7 +154,7 @@ class Routes:
     async def predict(self, name: str, request: Request) -> Response:
         model = await self._model(name, request, "predict")
         async with self._answering(request, model) as body:
-            inputs = read_predict(body, model)
+            inputs = await _read(read_predict, body, model)
             answers = await self._predict(model, None, inputs, body, request)
             return _json(predict_answer(answers, model, request.state.request_id))
 
@@ -161,17 +167,21 @@ class Routes:
     async def _infer(self, name: str, version: str | None, request: Request) -> Response:
         model = await self._model(name, request, "infer", version)
         async with self._answering(request, model) as body:
-            inputs, asked = read_infer(body, model, request.headers.get(JSON_LENGTH))
+            inputs, asked = await _read(read_infer, body, model, request.headers.get(JSON_LENGTH))
             answers = await self._predict(model, version, inputs, body, request)
             return _json(*infer_answer(answers, model, asked, request.state.request_id))
 
     async def explain(self, name: str, request: Request) -> Response:
         model = await self._model(name, request, "explain")
         async with self._answering(request, model) as body:
-            value, asked = read_explain(body, model)
+            value, asked = await _read(read_explain, body, model)
             if (keys := self.models.keys(model.model_name)) is not None:
                 keys.take_inputs(request.state.key, EXPLAIN_PARTS)  # so many variants of it are computed
             explained = await self.models.explain(model.model_name, value, asked)
+            if explained.busy:
+                if keys is not None:
+                    keys.give_back(request.state.key, EXPLAIN_PARTS)
+                raise overloaded("another input is being explained")
             if explained.refused is not None:
                 raise ApiError(422, "explanation_refused", *explained.refused)
             known = {"model_name": model.model_name, "model_version": explained.version}
@@ -180,7 +190,7 @@ class Routes:
     async def feedback(self, name: str, request: Request) -> Response:
         model = await self._model(name, request, "feedback")
         async with self._answering(request, model) as body:
-            told = read_feedback(body, model)
+            told = await _read(read_feedback, body, model)
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
             await self.models.feedback(name, {"time": time, "model_version": model.model_version} | told.model_dump())
             return _json({"stored": True, "request_id": told.request_id})
@@ -188,11 +198,12 @@ class Routes:
     async def _predict(
         self, model: ModelInfo, version: str | None, inputs: Sequence[Input], body: bytes, request: Request
     ) -> Answers:
-        identity: str | bytes = request.headers.get(CLIENT_ID, body)
+        client = request.headers.get(CLIENT_ID)
+        identity: str | bytes = body if client is None else client
         if (keys := self.models.keys(model.model_name)) is not None:
             keys.take_inputs(request.state.key, len(inputs))
-            identity = request.state.key.id
-        caller = Caller(identity, request.state.request_id)
+            identity = request.state.key.id if client is None else f"{request.state.key.id}/{client}"
+        caller = Caller(identity, request.state.request_id, random.random(), request.state.due_s)
         request.state.instances = len(inputs)
         with self.tracer.span(PREDICT) as span:
             answers = await self.models.predict(model.model_name, version, inputs, caller)
@@ -233,8 +244,11 @@ class Routes:
         return Response("success" if names else "no model answers yet", 200 if names else 503, media_type="text/plain")
 
     async def ready(self) -> Response:
-        if not await self.models.names():
-            raise ApiError(503, "not_ready", "no model answers yet", "try again soon", retry_after_s=_RETRY_AFTER_S)
+        ready = [self.models.is_ready(name) for name in await self.models.names()]
+        if not ready:
+            raise _not_ready("no model answers yet")
+        if not all(ready):  # not which: their names are for those who may ask them
+            raise _not_ready(f"{ready.count(False)} of {len(ready)} models have no replica that runs")
         return _json({"ready": True})
 
     async def metadata(self, name: str, request: Request) -> Response:
@@ -255,6 +269,8 @@ class Routes:
 
     async def _ready(self, name: str, version: str | None, request: Request) -> Response:
         model = await self._model(name, request, "ready", version)
+        if not self.models.is_ready(name):
+            raise _not_ready(f"no replica of {name} runs")
         return _json({"name": model.model_name, "ready": True})
 
     async def prometheus(self, request: Request) -> Response:
@@ -273,7 +289,7 @@ class Routes:
             raise ApiError(404, "model_not_found", f"there is no model {name[:80]!r} here", f"models here: {known}")
         request.state.model = name
         keys = self.models.keys(name)
-        if keys is not None and route != "ready":
+        if keys is not None and (route != "ready" or version is not None):  # which versions there are is not for all
             request.state.key = keys.admit(key_in(request.headers), _SCOPES.get(route), name)
         if version not in (None, model.model_version):
             raise wrong_version(name, version, model.model_version)
@@ -296,15 +312,17 @@ class Routes:
         """The request's body; until the block ends its bytes count as in flight, and the model's time limit runs."""
         timeout_s, taken = model.limits.request_timeout_s, 0
         try:
-            async with asyncio.timeout(timeout_s):
-                chunks = []
+            async with asyncio.timeout(timeout_s) as limit:
+                request.state.due_s, chunks = limit.when(), list[bytes]()
                 with self.tracer.span(READ):
                     async for chunk in _body(request, model.limits.max_body_bytes):
                         self._take(len(chunk))
                         taken += len(chunk)
                         chunks.append(chunk)
+                body = b"".join(chunks)
+                chunks.clear()  # it is held once
                 with _given_up_when_gone(request):
-                    yield b"".join(chunks)
+                    yield body
         except TimeoutError:
             raise ApiError(
                 503, "timeout", f"the request was not answered within {timeout_s:g} s",
@@ -325,9 +343,29 @@ def overloaded(message: str) -> ApiError:
     return ApiError(503, "overloaded", message, "try again later", retry_after_s=_RETRY_AFTER_S)
 
 
+def _not_ready(message: str) -> ApiError:
+    return ApiError(503, "not_ready", message, "try again soon", retry_after_s=_RETRY_AFTER_S)
+
+
 def wrong_version(name: str, asked: str | None, serving: str) -> ApiError:
     return ApiError(404, "version_not_found", f"{name} version {str(asked)[:40]!r} is not served here",
                     f"version {serving} is")  # fmt: skip
+
+
+_Parameters = ParamSpec("_Parameters")
+_Found = TypeVar("_Found")
+
+
+async def _read(
+    reader: Callable[Concatenate[bytes, _Parameters], _Found],
+    body: bytes,
+    *more: _Parameters.args,
+    **options: _Parameters.kwargs,
+) -> _Found:
+    """What ``reader`` makes of the body. Others are answered while it reads a large one."""
+    if len(body) < _LARGE_BYTES:
+        return reader(body, *more, **options)
+    return await asyncio.to_thread(reader, body, *more, **options)
 
 
 async def _body(request: Request, limit_bytes: int) -> AsyncIterator[bytes]:
@@ -366,31 +404,6 @@ def _check_size(size_bytes: int, limit_bytes: int) -> None:
     if size_bytes > limit_bytes:
         raise ApiError(413, "too_large", f"the body is larger than the {limit_bytes} bytes this model takes",
                        "send fewer or smaller instances at a time")  # fmt: skip
-
-
-def _page(file: Path) -> Callable[[], Awaitable[Response]]:
-    """A self-contained HTML file. Its own scripts and styles are allowed by their hashes, and nothing else is."""
-    html = file.read_text(encoding="utf-8")
-    allowed = {f"{tag}-src": _hashes(re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.S)) for tag in ("script", "style")}
-    policy = {"default-src": "'none'", **allowed, "img-src": "'self' blob: data:", "connect-src": "'self'",
-              "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'"}  # fmt: skip
-    headers = {
-        "content-security-policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
-        "x-content-type-options": "nosniff",
-        "x-frame-options": "DENY",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",
-    }
-
-    async def page() -> Response:
-        return Response(html, headers=headers, media_type="text/html; charset=utf-8")
-
-    return page
-
-
-def _hashes(texts: Sequence[str]) -> str:
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
-    return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
 def _json(value: Any, following: bytes = b"") -> Response:

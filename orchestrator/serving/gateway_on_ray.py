@@ -1,17 +1,16 @@
-"""The gateway as a Ray Serve deployment that listens for itself, and what it knows of the models behind it.
+"""What the gateway knows of the models behind it, and how it asks them.
 
-In: where to listen. Out: HTTP answers. The gateway finds models by asking Serve once a second, so models come, change and go
-without it being deployed again. Serve starts it again when its process dies.
+In: Serve's status, once a second, so that models come, change and go without the gateway being deployed again. Out: answers,
+of a replica or from memory; what is recorded of them; which rollouts go on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
-from collections import ChainMap
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections import ChainMap, deque
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,13 +20,9 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from orchestrator.errors import ServingFailed
-from orchestrator.recipe_serving import Listen
-from orchestrator.serving import logs
 from orchestrator.serving.access import Keys, Rings
-from orchestrator.serving.cache import AnswerCache
+from orchestrator.serving.cache import AnswerCache, remembered
 from orchestrator.serving.contract import (
-    OWN_REQUEST_ID,
     Answers,
     ApiError,
     Caller,
@@ -36,30 +31,25 @@ from orchestrator.serving.contract import (
     Input,
     ModelInfo,
 )
-from orchestrator.serving.door import Door
 from orchestrator.serving.envelope import Metrics
 from orchestrator.serving.feedback import append_feedback
-from orchestrator.serving.gateway import build_app, overloaded, wrong_version
+from orchestrator.serving.gateway import overloaded, wrong_version
 from orchestrator.serving.plans import read_plan
-from orchestrator.serving.recording import Recorders
-from orchestrator.serving.replica_on_ray import IN_ONE_LOOP, QUIET
+from orchestrator.serving.recording import Recorders, storage_at
 from orchestrator.serving.served import CANDIDATE_APP, MODEL_APP, SHELF_APP, Served
 from orchestrator.serving.shelf import Refusal
-from orchestrator.serving.traces import NoTracer, Tracer, tracer
 from orchestrator.serving.trial import Trial
-from orchestrator.storage import Storage
+from orchestrator.serving.watching import Complaints, Rounds
 
-log = logging.getLogger(__name__)
-GATEWAY = "gateway"
-"""Name of the gateway's application in Serve."""
 PATIENCE_S = 5.0
 """How long a replica may take to say what it is."""
 NO_ANSWER = (RayActorError, DeploymentUnavailableError)
 _LOOK_EVERY_S = 1.0
 _RETRY_S, _LONGEST_RETRY_S = 0.05, 0.5
-_CLOSING_S = 60.0
-_HEALTH_S = 1.0
-_HEAD = "node:__internal_head__"
+_MOST_DEATHS = 3
+"""Replicas that may die while they have one request."""
+_LAST_WRITE_S = 10.0
+_OWN_REQUESTS = 100
 
 
 @dataclass
@@ -84,7 +74,7 @@ class RayModels:
 
     metrics: Metrics
     keyed_only: bool = False
-    """Models that are open to all are left out, unless they say that they mean it."""
+    """Models without keys are left out, unless their own recipe says that all may ask them."""
     known: ChainMap[str, _Known] = field(default_factory=lambda: ChainMap({}, {}))
     """First those that stand on the shelf, under the name that their application would have, then those that have one. A model
     that moves stands in both places for a moment, and is asked where no request is lost when it leaves the other."""
@@ -95,35 +85,45 @@ class RayModels:
     rings: Rings = field(default_factory=Rings)
     trials: dict[str, Trial] = field(default_factory=dict)
     """By model."""
+    looking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    """At the rollout of a model."""
     recorders: Recorders = field(default_factory=Recorders)
+    running: dict[str, int] = field(default_factory=dict)
+    """Replicas, by application."""
+    own_requests: deque[str] = field(default_factory=lambda: deque(maxlen=_OWN_REQUESTS))
+    """Ids of requests by which a deployment sees whether the endpoint answers: no user sent them, and none is recorded."""
+    complaints: Complaints = field(default_factory=Complaints)
+
+    def __post_init__(self) -> None:
+        works = {"which models there are": self._look, "how rollouts go": self._look_at_trials,
+                 "which keys there are": self._look_at_keys, "what is recorded": self._write_down}  # fmt: skip
+        self.rounds = Rounds(works, _LOOK_EVERY_S)
 
     @contextlib.asynccontextmanager
     async def watching(self, app: FastAPI) -> AsyncIterator[None]:
         """Runs around the gateway: keeps looking which models there are. The door opens once it has seen them: one that was
         started again must not say that there are none."""
-        await self._look_around((self._look,))
+        await self.rounds.once("which models there are")
         if self.asking:
             await asyncio.wait(self.asking.values(), timeout=PATIENCE_S)
-        task = asyncio.create_task(self._watch())
+        await self.rounds.once("how rollouts go")
+        self.rounds.start()
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.to_thread(self.recorders.write_all)
+            self.rounds.stop()
+            with contextlib.suppress(TimeoutError):  # a storage that hangs
+                await asyncio.wait_for(asyncio.to_thread(self._write_last), _LAST_WRITE_S)
 
-    async def _watch(self) -> None:
-        while True:
-            await self._look_around((self._look, self._look_at_trials))
-            await asyncio.to_thread(self.rings.refresh)
-            await asyncio.to_thread(self.recorders.write_due)
-            await asyncio.sleep(_LOOK_EVERY_S)
+    def _write_last(self) -> None:
+        self.rings.refresh()
+        self.recorders.write_all()
 
-    async def _look_around(self, looks: Sequence[Callable[[], Awaitable[None]]]) -> None:
-        for look in looks:
-            try:
-                await look()
-            except Exception:  # without Serve's controller, the models known so far go on being asked
-                log.warning("cannot see which models there are", exc_info=True)
+    async def _look_at_keys(self) -> None:
+        await asyncio.to_thread(self.rings.refresh)
+
+    async def _write_down(self) -> None:
+        await asyncio.to_thread(self.recorders.write_due, {known.served.storage for known in self.known.values()})
 
     async def _look(self) -> None:
         """Forget models that are gone; ask what they are those that are new or have changed."""
@@ -155,10 +155,19 @@ class RayModels:
                 described = await asyncio.wait_for(handle.describe_all.remote(), PATIENCE_S)
             else:
                 described = [await asyncio.wait_for(handle.describe.remote(), PATIENCE_S)]
+            self._let_in(app, handle, [each for each in described if await self._is_let_in(each[0])], seen)
         except (*NO_ANSWER, BackPressureError, RayServeException, TimeoutError):
             return
-        let_in = [(served, info) for served, info in described if await self._is_let_in(served)]
+        except Exception as error:  # noqa: BLE001  (it is asked again)
+            self.complaints.tell(app, f"cannot see what {app} is: {error!r}", exc_info=True)
+        else:
+            self.complaints.settle(app)
+
+    def _let_in(
+        self, app: str, handle: Any, let_in: Sequence[tuple[Served, ModelInfo]], seen: tuple[str, float]
+    ) -> None:
         shelf, own = self.known.maps
+        self.running[app] = max(1, self.running.get(app, 0))  # one has just answered
         if app == SHELF_APP:
             fresh = {}
             for served, info in let_in:
@@ -177,53 +186,75 @@ class RayModels:
 
     async def _is_let_in(self, served: Served) -> bool:
         if served.settings.keys:
-            await asyncio.to_thread(self.rings.learn, served.storage)
+            try:
+                await asyncio.to_thread(self.rings.learn, served.storage)
+            except Exception as error:  # noqa: BLE001  (it is tried again, and keeps no other model out)
+                self.complaints.tell(served.key, f"cannot see the keys of {served.app}, which is not let in: {error!r}")
+                return False
         elif self.keyed_only and not served.settings.open_to_network:
-            log.warning("%s has neither serving.keys nor serving.open_to_network: it is not let in", served.app)
+            self.complaints.tell(served.key, f"{served.app} has neither serving.keys nor serving.open_to_network of its own: "
+                                             "it is not let in")  # fmt: skip
             return False
+        self.complaints.settle(served.key)
         return True
 
     def _tell_what_runs(self, apps: Mapping[str, Any]) -> None:
         self.metrics.replicas.clear()
         self.metrics.version_info.clear()
+        self.running = {
+            app: sum(each.replica_states.get("RUNNING", 0) for each in status.deployments.values())
+            for app, status in apps.items()
+        }
         for app, known in self.known.items():
             name, arm = known.served.name, "candidate" if app.startswith(CANDIDATE_APP) else "stable"
-            place = apps[SHELF_APP if known.first else app]
-            running = sum(each.replica_states.get("RUNNING", 0) for each in place.deployments.values())
-            self.metrics.replicas.labels(name).inc(running)
+            self.metrics.replicas.labels(name).inc(self.running.get(SHELF_APP if known.first else app, 0))
             self.metrics.version_info.labels(name, known.info.model_version, arm).set(1)
+        for name, written, dropped in self.recorders.news():
+            self.metrics.recorded.labels(name).inc(written)
+            self.metrics.recorded_dropped.labels(name).inc(dropped)
 
     # ------------------------------------------------------------------------------------------------------- rollouts
 
     async def _look_at_trials(self) -> None:
-        """Begin those that are planned, judge those that run, take back what did not do."""
-        for app in [app for app in self.known if app.startswith(CANDIDATE_APP)]:
-            name = app.removeprefix(CANDIDATE_APP)
-            if (stable := self.known.get(MODEL_APP + name)) is not None:
-                await self._look_at_trial(name, stable.served, self.known[app].served)
+        """Begin those that are planned, judge those that run, take back what did not do: each by itself, so that none waits
+        for another's storage, or fails with it."""
+        for name in [app.removeprefix(CANDIDATE_APP) for app in self.known if app.startswith(CANDIDATE_APP)]:
+            if MODEL_APP + name in self.known and (name not in self.looking or self.looking[name].done()):
+                self.looking[name] = asyncio.create_task(self._try_to_look_at_trial(name))
         for name in [name for name in self.trials if CANDIDATE_APP + name not in self.known]:
             del self.trials[name]
+        if self.looking:
+            await asyncio.wait(self.looking.values(), timeout=PATIENCE_S)
+
+    async def _try_to_look_at_trial(self, name: str) -> None:
+        try:
+            stable, candidate = self.known[MODEL_APP + name].served, self.known[CANDIDATE_APP + name].served
+            await self._look_at_trial(name, stable, candidate)
+        except Exception as error:  # noqa: BLE001  (it is looked at again in a second)
+            self.complaints.tell(f"the rollout of {name}", f"cannot look at the rollout of {name}: {error!r}")
+        else:
+            self.complaints.settle(f"the rollout of {name}")
 
     async def _look_at_trial(self, name: str, stable: Served, candidate: Served) -> None:
-        storage = Storage(stable.storage)
+        storage, trial = storage_at(stable.storage), self.trials.get(name)
+        if trial is not None:
+            trial.judge()  # first: a storage that cannot be read must not keep harm going
         plan = await asyncio.to_thread(read_plan, storage, name)
         if plan is None or (plan.stable, plan.candidate) != (stable.version, candidate.version):
             self.trials.pop(name, None)
             return
-        trial = self.trials.get(name)
         if trial is None or trial.plan.id != plan.id:
             trial = self.trials[name] = await asyncio.to_thread(Trial.load, storage, plan)
             trial.on_unseen = partial(self._record, MODEL_APP + name)
         trial.plan = plan
-        end = await asyncio.to_thread(trial.look, storage)
-        await asyncio.to_thread(trial.save, storage)
+        end = await trial.look(storage)
         if end is not None and end.kind == "rollback":
             await asyncio.to_thread(serve.delete, CANDIDATE_APP + name, False)
 
     async def rollout(self, name: str) -> dict[str, Any] | None:
         if name in self.trials:
             return self.trials[name].report()
-        storage = Storage(self.known[MODEL_APP + name].served.storage)
+        storage = storage_at(self.known[MODEL_APP + name].served.storage)
         plan = await asyncio.to_thread(read_plan, storage, name)
         return None if plan is None else (await asyncio.to_thread(Trial.load, storage, plan)).report()
 
@@ -233,8 +264,9 @@ class RayModels:
         return sorted(app.removeprefix(MODEL_APP) for app in self.known if app.startswith(MODEL_APP))
 
     async def describe(self, name: str, version: str | None = None) -> ModelInfo | None:
-        app = self._candidate(name, version) or MODEL_APP + name
-        return self.known[app].info if app in self.known else None
+        if MODEL_APP + name not in self.known:  # a candidate alone: whether it asks for keys is not known
+            return None
+        return self.known[self._candidate(name, version) or MODEL_APP + name].info
 
     def _candidate(self, name: str, version: str | None) -> str | None:
         """Its application, if that is the version."""
@@ -245,9 +277,9 @@ class RayModels:
         began, app = time.perf_counter(), MODEL_APP + name
         try:
             answers = await self._answered(name, version, inputs, caller)
-        except ApiError as error:
-            if error.status >= 500:
-                self._record(app, caller, inputs, None, 1000 * (time.perf_counter() - began), error.code)
+        except BaseException as error:
+            if not isinstance(error, ApiError) or error.status >= 500:
+                self._record(app, caller, inputs, None, 1000 * (time.perf_counter() - began), _code_of(error, caller))
             raise
         self._record(app, caller, inputs, answers, 1000 * (time.perf_counter() - began))
         return answers
@@ -270,25 +302,9 @@ class RayModels:
     async def _remembered(self, app: str, version: str | None, inputs: Sequence[Input]) -> Answers:
         """From memory, what is there; the rest is asked for."""
         known = self.known.get(app)
-        is_kept = (
-            known is not None and known.served.settings.cache_bytes and version in (None, known.info.model_version)
-        )
-        if known is None or not is_kept:
+        if known is None or not known.served.settings.cache_bytes or version not in (None, known.info.model_version):
             return await self._asked(app, version, inputs)
-        found = known.cache.known(inputs)
-        missing = [index for index in range(len(inputs)) if index not in found]
-        if not missing:
-            return Answers(version=known.info.model_version, outputs=list(found.values()), cached=len(found))
-        answers = await self._asked(app, version, [inputs[index] for index in missing])
-        if answers.version != known.info.model_version:  # a new version has just come: one request, one version
-            return await self._asked(app, version, inputs) if found else answers
-        for place, index in enumerate(missing):
-            found[index] = answers.outputs[place]
-            if place not in answers.unreadable:
-                known.cache.keep(inputs[index], answers.outputs[place])
-        unreadable = {missing[place]: reason for place, reason in answers.unreadable.items()}
-        outputs, cached = [found[index] for index in range(len(inputs))], len(inputs) - len(missing)
-        return answers.model_copy(update={"outputs": outputs, "unreadable": unreadable, "cached": cached})
+        return await remembered(known.cache, known.info.model_version, partial(self._asked, app, version), inputs)
 
     def _record(
         self,
@@ -300,14 +316,16 @@ class RayModels:
         error: str = "",
     ) -> None:
         known = self.known.get(app)
-        if known is None or (terms := known.served.settings.recording) is None or caller.request_id == OWN_REQUEST_ID:
+        if (
+            known is None
+            or (terms := known.served.settings.recording) is None
+            or caller.request_id in self.own_requests
+        ):
             return
         recorder = self.recorders.of(known.served.storage, known.served.name, terms)
         version = "" if answers else known.info.model_version
-        kept = recorder.record(
-            caller.request_id, inputs, answers, latency_ms=latency_ms, version=version, error=error or None
-        )
-        self.metrics.recorded.labels(known.served.name).inc(kept)
+        recorder.record(caller.request_id, inputs, answers, latency_ms=latency_ms, version=version, error=error or None,
+                        chance=caller.chance)  # fmt: skip
 
     async def explain(self, name: str, value: Input, asked: ExplainRequest) -> Explained:
         explained: Explained = await self._call(MODEL_APP + name, "explain", value, asked)
@@ -319,15 +337,19 @@ class RayModels:
 
     async def _call(self, app: str, method: str, *arguments: Any) -> Any:
         """Asking changes nothing, so what a dying replica took with it is asked again of another, until there is an answer: how
-        long that may take is the caller's business."""
-        pause_s = _RETRY_S
+        long that may take is the caller's business. What several died of kills no more of them."""
+        pause_s, died = _RETRY_S, 0
         while app in self.known:
             known = self.known[app]
             try:
                 answer = await getattr(known.handle, method).remote(*known.first, *arguments)
             except BackPressureError:
                 raise overloaded(f"{app} has more requests waiting than it can answer in time") from None
-            except NO_ANSWER:
+            except NO_ANSWER as error:
+                died += isinstance(error, RayActorError)
+                if died >= _MOST_DEATHS:
+                    raise ApiError(503, "replicas_died", f"{died} replicas of {app} died while they had this request",
+                                   "if others are answered, send it in parts to see which input does it") from None  # fmt: skip
                 self.metrics.retries.labels(known.served.name).inc()
             else:
                 if not isinstance(answer, Refusal):
@@ -342,82 +364,34 @@ class RayModels:
         known = self.known.get(MODEL_APP + name)
         return self.rings.known[known.served.storage] if known and known.served.settings.keys else None
 
+    def is_ready(self, name: str) -> bool:
+        known = self.known.get(MODEL_APP + name)
+        if known is None:
+            return False
+        settings = known.served.settings
+        may_sleep = (settings.shelf if known.first else settings).min_replicas == 0
+        return may_sleep or self.running.get(SHELF_APP if known.first else known.served.app, 0) > 0
+
     async def feedback(self, name: str, entry: dict[str, Any]) -> None:
-        if name in self.trials:
-            self.trials[name].tell(entry["request_id"], entry["index"], entry["label"])
-        await asyncio.to_thread(append_feedback, Storage(self.known[MODEL_APP + name].served.storage), name, entry)
+        """The version is the one that answered, as far as that is known while two of them do."""
+        if (known := self.known.get(MODEL_APP + name)) is None:
+            raise ApiError(503, "unavailable", f"{name} has just been taken away", "try again soon", retry_after_s=1)
+        if (trial := self.trials.get(name)) is not None:
+            trial.tell(entry["request_id"], entry["index"], entry["label"])
+            version = trial.version_of(entry["request_id"])
+            entry = {field: value for field, value in entry.items() if field != "model_version"}
+            entry |= {} if version is None else {"model_version": str(version)}
+        await asyncio.to_thread(_keep_feedback, known.served.storage, name, entry)
 
 
-class Gateway:
-    """The deployment. Serve's own proxy is not in front of it: requests come straight to its door."""
-
-    def __init__(self) -> None:
-        self.door: Door | None = None
-        self.models = RayModels(Metrics())
-        self.traces: Tracer = NoTracer()
-        self.outlet: logs.Outlet | None = None
-
-    async def reconfigure(self, listen: Mapping[str, Any]) -> None:
-        """Called by Serve after the start, and again when the address or the certificate changed."""
-        wanted = Listen.model_validate(listen)
-        self.models = models = RayModels(Metrics(), keyed_only=wanted.is_open and not wanted.open_to_network)
-        traces = tracer(wanted.traces.endpoint, wanted.traces.share) if wanted.traces else NoTracer()
-        self.outlet = _outlet(wanted.request_log)
-        app = build_app(models, lifespan=models.watching, metrics=models.metrics, tracer=traces,
-                        is_logged=wanted.request_log is not None)  # fmt: skip
-        door = Door(app, wanted)
-        await door.open()
-        await self._close()
-        self.door, self.traces = door, traces
-
-    async def _close(self) -> None:
-        if self.door is not None:
-            await self.door.close(_CLOSING_S)
-        await asyncio.to_thread(self.traces.close)
-
-    async def listens(self) -> Listen:
-        assert self.door is not None
-        return self.door.listen
-
-    async def places(self, name: str) -> list[str]:
-        """Where it could ask the model; the first is where it does."""
-        app = MODEL_APP + name
-        return [place for place, known in zip((SHELF_APP, app), self.models.known.maps, strict=True) if app in known]
-
-    async def check_health(self) -> None:
-        assert self.door is not None
-        self.door.check()
-
-    async def __del__(self) -> None:
-        """Called and awaited by Serve at the end."""
-        await self._close()
-        if self.outlet is not None:
-            logs.stop(self.outlet)
+def _keep_feedback(storage: str, name: str, entry: dict[str, Any]) -> None:
+    append_feedback(storage_at(storage), name, entry)
 
 
-def _outlet(file: str | None) -> logs.Outlet | None:
-    try:
-        return None if file is None else logs.configure("INFO", file)
-    except OSError as error:
-        raise ServingFailed(f"cannot write {file} ({error.strerror})", "see serving.request_log") from None
-
-
-def gateway_app(listen: Listen, doors: int = 1, resource: str | None = None) -> Any:
-    """It computes nothing, so it reserves no CPU: a 2-core machine keeps room for a model's old and new version.
-
-    ``doors``: how many, each on a node of its own that has this ``resource``; one has one known address, the head node's.
-    """
-    needed = resource or (_HEAD if doors == 1 else None)
-    return serve.deployment(
-        Gateway,
-        name="Gateway",
-        user_config=listen.model_dump(),
-        num_replicas=doors,
-        max_replicas_per_node=1 if doors > 1 else None,
-        ray_actor_options={"num_cpus": 0, "runtime_env": IN_ONE_LOOP, "resources": {needed: 0.001} if needed else {}},
-        logging_config=QUIET,
-        health_check_period_s=_HEALTH_S,
-        health_check_timeout_s=30.0,
-        graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=_CLOSING_S + 5.0,
-    ).bind()
+def _code_of(error: BaseException, caller: Caller) -> str:
+    """Why a request has no answer, as records of it say."""
+    if isinstance(error, ApiError):
+        return error.code
+    if isinstance(error, asyncio.CancelledError):
+        return "timeout" if asyncio.get_running_loop().time() >= caller.due_s else "cancelled"
+    return "internal"

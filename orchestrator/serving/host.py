@@ -7,11 +7,13 @@ In: a recipe and a version. Out: an EndpointRecord once the endpoint answers. Th
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from orchestrator.recipe import Recipe
 from orchestrator.recipe_file import to_yaml
 from orchestrator.storage import Storage, atomic_write, endpoint_host_file
 
-_READY_TIMEOUT_S = 180.0
+_READY_TIMEOUT_S = 420.0
+"""Longer than a deployment waits for room (``applications_on_ray``): its reason says what to do."""
 _STOP_TIMEOUT_S = 40.0
 _POLL_S = 0.2
 
@@ -48,21 +51,33 @@ def announce(storage: Storage, port: int, host: Host) -> None:
     storage.write_json(endpoint_host_file(port), asdict(host))
 
 
-def withdraw(storage: Storage, port: int) -> None:
-    storage.path(endpoint_host_file(port)).unlink(missing_ok=True)
+def withdraw(storage: Storage, port: int, pid: int) -> None:
+    """Of this process alone: another may have come after it."""
+    note = storage.read_json(endpoint_host_file(port))
+    if note is not None and note["pid"] == pid:
+        storage.path(endpoint_host_file(port)).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_starts(storage: Storage, port: int) -> Iterator[None]:
+    """Of the commands that want an endpoint on this port: the next one finds what the one before it has started."""
+    lock = storage.path(f"serve/host-{port}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:  # open until it is closed or the process dies, in whatever way
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def start_host(recipe: Recipe, storage: Storage, version: int) -> Host:
-    """Start the process and wait until its endpoint answers.
+    """Start the process and wait until its endpoint answers. Within ``one_starts``, where ``find_host`` finds none.
 
     Raises:
-        ServingFailed: it ended before that, with the reason it gave, or took longer than three minutes.
+        ServingFailed: it ended before that, with the reason it gave, or took longer than seven minutes.
     """
     port = recipe.serving.port
     log = storage.path(f"serve/host-{port}.log")
     recipe_file = storage.path(f"serve/host-{port}.yaml")
     atomic_write(recipe_file, to_yaml(recipe).encode())
-    withdraw(storage, port)
     command = [
         sys.executable,
         "-m",
@@ -83,7 +98,7 @@ def start_host(recipe: Recipe, storage: Storage, version: int) -> Host:
 def _wait_ready(process: subprocess.Popen[bytes], storage: Storage, port: int, log: Path) -> Host:
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline:
-        if host := find_host(storage, port):
+        if (host := find_host(storage, port)) and host.pid == process.pid:
             return host
         if process.poll() is not None:
             raise ServingFailed(_last_words(log), f"the whole log is {log}")
@@ -104,7 +119,7 @@ def stop_host(storage: Storage, port: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         if _is_host(host.pid):
             os.killpg(host.pid, signal.SIGKILL)
-    withdraw(storage, port)
+    withdraw(storage, port, host.pid)
     return True
 
 
@@ -122,9 +137,10 @@ def _is_host(pid: int) -> bool:
     try:
         os.kill(pid, 0)
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ProcessLookupError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    except OSError:
         return False
-    return b"orchestrator" in words and not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
+    return b"orchestrator" in words and not state.startswith(" Z")
 
 
 def _last_words(log: Path) -> str:

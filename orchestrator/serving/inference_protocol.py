@@ -78,7 +78,7 @@ def read_infer(body: bytes, model: ModelInfo, json_length: str | None = None) ->
         head, following = split_body(body, json_length)
     except ValueError as error:
         raise ApiError(400, "invalid_binary_data", str(error), "leave it out where the body is JSON alone") from None
-    request = checked(InferRequest, head)
+    request = checked(InferRequest, head, model)
     if len(request.inputs) != 1:
         refuse("inputs", f"must hold the one tensor {model.input_kind!r}, but holds {len(request.inputs)}")
     tensor = request.inputs[0]

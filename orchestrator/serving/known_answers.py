@@ -49,22 +49,22 @@ def check_known_answers(ask: Ask, name: str, known: Sequence[Mapping[str, Any]],
         )
 
 
-def over_http(endpoint: Endpoint, name: str) -> Ask:
-    """As any client would; an endpoint that is busy is asked again."""
-    return partial(_ask, endpoint, name)
+def over_http(endpoint: Endpoint, name: str, version: int) -> Ask:
+    """As any client would that names the version, so that no other answers for it in a rollout; an endpoint that is busy, or
+    that does not know the version yet, is asked again."""
+    return partial(_ask, endpoint, name, version)
 
 
-def _ask(endpoint: Endpoint, name: str, inputs: list[Any]) -> list[dict[str, Any]]:
+def _ask(endpoint: Endpoint, name: str, version: int, inputs: list[Any]) -> list[dict[str, Any]]:
     """Predictions in the inputs' order. Raises ServingFailed where the endpoint refuses them."""
-    path, body = f"/v1/models/{name}:predict", json.dumps({"instances": inputs}).encode()
+    path, body = f"/v2/models/{name}/versions/{version}/infer", json.dumps(_request(inputs)).encode()
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
             with endpoint.open(path, body, _TIMEOUT_S) as answer:
-                predictions: list[dict[str, Any]] = json.load(answer)["predictions"]
-                return predictions
+                return _predictions(json.load(answer))
         except urllib.error.HTTPError as error:
-            if error.code != 503 or time.monotonic() >= deadline:
+            if error.code not in {404, 503} or time.monotonic() >= deadline:
                 told = error.read(2000).decode(errors="replace")
                 raise ServingFailed(
                     f"{endpoint.url} refuses rows that {name} was evaluated on: {told}", "see Serve's logs"
@@ -73,3 +73,20 @@ def _ask(endpoint: Endpoint, name: str, inputs: list[Any]) -> list[dict[str, Any
             if time.monotonic() >= deadline:
                 raise ServingFailed(f"{endpoint.url} does not answer ({error})", "see Serve's logs") from None
         time.sleep(_POLL_S)
+
+
+def _request(inputs: list[Any]) -> dict[str, Any]:
+    """In the Open Inference Protocol."""
+    kind = "text" if isinstance(inputs[0], str) else "image"
+    data = [given if isinstance(given, str) else given["b64"] for given in inputs]
+    return {"inputs": [{"name": kind, "shape": [len(data)], "datatype": "BYTES", "data": data}]}
+
+
+def _predictions(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    columns, outputs = answer["parameters"]["labels"], {each["name"]: each["data"] for each in answer["outputs"]}
+    flat = outputs["probabilities"]
+    rows = [flat[start : start + len(columns)] for start in range(0, len(flat), len(columns))]
+    return [
+        {"label": label, "scores": dict(zip(columns, row, strict=True))}
+        for label, row in zip(outputs["label"], rows, strict=True)
+    ]

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Literal, cast
 
 from orchestrator.data.encoder import PREPROCESS
 from orchestrator.errors import IntegrityError
 from orchestrator.models.checkpoint import CARD, LABELS
+from orchestrator.models.runtimes import RuntimeNetwork
 from orchestrator.serving.batching import Batcher
 from orchestrator.serving.contract import EXPLAIN_PARTS, Answers, Explained, ExplainRequest, Input, Limits, ModelInfo
-from orchestrator.serving.precision import settled
 from orchestrator.serving.predictor import Prediction, Predictor
+from orchestrator.serving.runtime import settled
 from orchestrator.serving.served import Served, known_inputs
 from orchestrator.storage import Storage
 
@@ -33,12 +33,14 @@ class LoadedModel:
         folder = storage.fetch(served.location, verify=False)  # loading verifies
         loaded = Predictor.from_folder(folder, device, batch, served.settings.max_pixels)
         self.served = served
-        self.predictor = settled(loaded, served.settings.precision, known_inputs(storage, served.location))
+        # What is converted stays in memory beside the network that explains: on a shelf, memory is what counts.
+        place = folder if thread is None else None
+        self.predictor = settled(loaded, served.settings, known_inputs(storage, served.location), place)
+        is_converted = isinstance(self.predictor.model.network, RuntimeNetwork)
+        self.explainer = loaded if is_converted else self.predictor
         self.predictor.warm_up()
         self.explaining = False
-        self.batcher: Batcher[Input, Prediction] = Batcher(self.predictor.predict, batch)
-        if thread is not None:
-            self.batcher.thread = thread  # its own has started nothing yet
+        self.batcher: Batcher[Input, Prediction] = Batcher(self.predictor.predict, batch, thread)
 
     def describe(self) -> ModelInfo:
         model = self.predictor.model
@@ -64,16 +66,18 @@ class LoadedModel:
 
         version = str(self.served.version)
         if self.explaining:
-            return Explained(version=version, refused=("another input is being explained", "try again soon"))
+            return Explained(version=version, busy=True)
         self.explaining = True
+        work = self.batcher.thread.submit(explain, self.explainer, value, asked.label, asked.method, EXPLAIN_PARTS)
+        work.add_done_callback(self._is_explained)  # who hangs up meanwhile does not end it
         try:
-            work = partial(explain, self.predictor, value, asked.label, asked.method, EXPLAIN_PARTS)
-            found = await asyncio.get_running_loop().run_in_executor(self.batcher.thread, work)
+            found = await asyncio.wrap_future(work)
         except ExplanationRefused as error:
             return Explained(version=version, refused=(error.message, error.next_step))
-        finally:
-            self.explaining = False
         return Explained(version=version, explanation=asdict(found))
+
+    def _is_explained(self, _: Future[Any]) -> None:
+        self.explaining = False
 
     async def check(self) -> None:
         """Raises what predicting raises."""

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
+from io import FileIO
 from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, TextIO
@@ -85,13 +86,15 @@ def _message(record: logging.LogRecord) -> str:
 class Outlet(QueueHandler):
     """Makes the lines where they arise, and has a thread write them. Neither waits for the stream nor raises."""
 
-    def __init__(self, stream: TextIO, is_own: bool, waiting: int = _WAITING) -> None:
+    def __init__(self, stream: TextIO | FileIO, is_own: bool, waiting: int = _WAITING) -> None:
         """``is_own``: the stream ends with this handler. ``waiting``: lines that are held, at most."""
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         super().__init__(self.lines)
         self.setFormatter(JsonFormatter())
         self.stream, self._is_own, self._waiting = stream, is_own, waiting
         self.dropped = self._told = 0
+        self._is_torn = False
+        """The last line in the file has no end."""
         self._ended = threading.Event()
         self._writer = threading.Thread(target=self._write_all, name="logs", daemon=True)
         self._writer.start()
@@ -121,10 +124,20 @@ class Outlet(QueueHandler):
             batch.append(json.dumps({"time": _time(time.time())} | told))
             self._told = dropped
         try:
-            self.stream.write("\n".join(batch) + "\n")
-            self.stream.flush()
+            self._put("\n".join(batch) + "\n")
         except (OSError, ValueError):  # the disk is full, or somebody else closed the stream
             self.dropped += len(batch)
+
+    def _put(self, lines: str) -> None:
+        if not isinstance(self.stream, FileIO):
+            self.stream.write(lines)
+            self.stream.flush()
+            return
+        left = memoryview(("\n" * self._is_torn + lines).encode())
+        while left:  # a disk that fills up takes a part first
+            written = self.stream.write(left) or 0
+            self._is_torn = written < len(left)
+            left = left[written:]
 
     def close(self) -> None:
         """What waits is written, if that takes two seconds at most."""
@@ -144,9 +157,10 @@ def configure(level: str = "INFO", stream: TextIO | str | Path | None = None) ->
     target = sys.stderr if stream is None else stream
     outlet = next((handler for handler in ROOM.handlers if isinstance(handler, Outlet)), None)
     if outlet is None or not _leads_to(outlet, target):
+        opened = _opened(target)  # if that fails, the one before stays
         if outlet is not None:
             stop(outlet)
-        outlet = Outlet(_opened(target), isinstance(target, (str, Path)))
+        outlet = Outlet(opened, isinstance(target, (str, Path)))
         ROOM.addHandler(outlet)
         ROOM.propagate = False  # others would write the same once more, in another form
     ROOM.setLevel(level.upper())
@@ -167,9 +181,10 @@ def _leads_to(outlet: Outlet, target: TextIO | str | Path) -> bool:
     return outlet.stream is target
 
 
-def _opened(target: TextIO | str | Path) -> TextIO:
+def _opened(target: TextIO | str | Path) -> TextIO | FileIO:
+    """A file without a buffer: what a full disk did not take must not come later, in the midst of other lines."""
     if not isinstance(target, (str, Path)):
         return target
     path = Path(target).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a", encoding="utf-8")
+    return FileIO(path, "a")

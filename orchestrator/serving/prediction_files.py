@@ -35,9 +35,12 @@ def labels_of(table: pa.Table) -> list[str]:
     return labels
 
 
+_ROOT, _TERMS = "serve/predictions", "terms.json"
+
+
 def predictions_location(name: str) -> str:
     """Answers of a model that were kept: a folder ``date=DAY`` for each day, in UTC."""
-    return f"serve/predictions/{name}"
+    return f"{_ROOT}/{name}"
 
 
 def predictions_file(name: str, first: datetime, unique: str) -> str:
@@ -73,11 +76,33 @@ def write_bytes(storage: Storage, location: str, content: bytes) -> None:
         sink.write(content)
 
 
+def recorded_models(storage: Storage) -> list[str]:
+    return storage.children(_ROOT)
+
+
+def note_days(storage: Storage, model: str, days: int) -> None:
+    """How long the model's answers are kept. Raises OSError."""
+    storage.write_json(f"{predictions_location(model)}/{_TERMS}", {"keep_days": days})
+
+
+def noted_days(storage: Storage, model: str) -> int | None:
+    """None: nobody said. Raises OSError, ValueError, TypeError or KeyError if it cannot be read."""
+    noted = storage.read_json(f"{predictions_location(model)}/{_TERMS}")
+    return None if noted is None else int(noted["keep_days"])
+
+
 def days_of(storage: Storage, model: str) -> list[tuple[date, str]]:
-    """Days, and where their files are."""
+    """Days, and where their files are. Folders that are named for no day are somebody else's."""
     root = predictions_location(model)
-    found = [re.fullmatch(r"date=(\d{4}-\d\d-\d\d)", name) for name in storage.children(root)]
-    return [(date.fromisoformat(match[1]), f"{root}/{match[0]}") for match in found if match is not None]
+    return [(day, f"{root}/{name}") for name in storage.children(root) if (day := _day(name)) is not None]
+
+
+def _day(folder: str) -> date | None:
+    match = re.fullmatch(r"date=(\d{4}-\d\d-\d\d)", folder)
+    try:
+        return None if match is None else date.fromisoformat(match[1])
+    except ValueError:  # the 30th of February
+        return None
 
 
 def forget(storage: Storage, model: str, before: date) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from orchestrator.data.images import MAX_PIXELS, ImageEncoder
@@ -55,11 +56,11 @@ class Predictor:
     def from_folder(
         cls, path: Path, device: str = "cpu", max_batch_size: int = 32, max_pixels: int = MAX_PIXELS
     ) -> Self:
-        """``max_pixels``: of an image; larger ones are unreadable. Raises IntegrityError when a file of the model is not the
-        one that was saved."""
+        """``max_pixels``: of an image; larger ones are unreadable. Images are decoded by as many threads as torch computes
+        with. Raises IntegrityError when a file of the model is not the one that was saved."""
         model = load_model(path, device=device)
         if isinstance(model.encoder, ImageEncoder):
-            model.encoder.max_pixels = max_pixels
+            model.encoder.max_pixels, model.encoder.threads = max_pixels, torch.get_num_threads()
         return cls(model, max_batch_size)
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:

@@ -70,10 +70,16 @@ def with_feedback(
     storage: Storage, model: str, since: datetime | None = None, until: datetime | None = None
 ) -> pa.Table:
     """``read_predictions``, and what users said of it: ``told_label`` (null: nothing), and ``right``, whether that is what was
-    answered (null: nobody said, or nothing was answered). What was said last of an input counts, whenever it was said."""
+    answered (null: nobody said, or nothing was answered). What was said last of an input counts, whenever it was said. Where
+    several requests have one id, it is said of the newest of them, and of no other input."""
     table, told = read_predictions(storage, model, since, until), _told(storage, model)
-    keys = zip(table["request_id"].to_pylist(), table["index"].to_pylist(), strict=True)
-    labels = pa.chunked_array([pa.array([told.get(key, ("", None))[1] for key in keys], pa.string())])
+    keys = list(zip(table["request_id"].to_pylist(), table["index"].to_pylist(), strict=True))
+    inputs = table["input_sha256"].to_pylist()
+    newest = dict(zip(keys, inputs, strict=True))  # rows are in the order of time
+    said = [
+        told.get(key, ("", None))[1] if newest[key] == value else None for key, value in zip(keys, inputs, strict=True)
+    ]
+    labels = pa.chunked_array([pa.array(said, pa.string())])
     return table.append_column("told_label", labels).append_column("right", pc.equal(table["label"], labels))
 
 

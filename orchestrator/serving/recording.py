@@ -7,12 +7,14 @@ and no Ray; ``recorded.py`` reads.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -22,8 +24,16 @@ import pyarrow.parquet as pq
 
 from orchestrator.recipe_serving import Recording
 from orchestrator.serving.contract import Answers, Input
-from orchestrator.serving.prediction_files import SCHEMA, forget, labelled, predictions_file, write_bytes
-from orchestrator.serving.rollout import sticky
+from orchestrator.serving.prediction_files import (
+    SCHEMA,
+    forget,
+    labelled,
+    note_days,
+    noted_days,
+    predictions_file,
+    recorded_models,
+    write_bytes,
+)
 from orchestrator.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -31,6 +41,12 @@ _ROW_BYTES = 600
 """Of a row in memory, without its scores and its text."""
 _RETRY_S, _COMPLAIN_S = 10.0, 60.0
 _TIDY_S = 3600.0
+
+
+@functools.lru_cache(maxsize=256)
+def storage_at(root: str) -> Storage:
+    """The same one whenever a process asks for it: opening an object store takes a while."""
+    return Storage(root)
 
 
 class _Row(NamedTuple):
@@ -58,6 +74,7 @@ class Recorder:
         self.storage, self.model, self.share, self.keep_inputs = storage, model, share, keep_inputs
         self.flush_s, self.max_rows, self.max_bytes, self._clock = flush_s, max_rows, max_bytes, clock
         self.written = self.dropped = self.held_bytes = 0
+        self.told_written = self.told_dropped = 0
         self._rows: list[_Row] = []
         self._labels: tuple[str, ...] = ()
         self._lock, self._flushing = threading.Lock(), threading.Lock()
@@ -65,13 +82,14 @@ class Recorder:
 
     def record(
         self, request_id: str, inputs: Sequence[Input], answers: Answers | None, *, latency_ms: float, version: str = "",
-        error: str | None = None,
+        error: str | None = None, chance: float = 0.0,
     ) -> int:  # fmt: skip
         """How many of the inputs are kept: all of a request, or none. Never waits, never raises.
 
-        ``answers``: None if there are none; then ``error`` says why, and ``version`` of which version.
+        ``answers``: None if there are none; then ``error`` says why, and ``version`` of which version. ``chance``: uniform in
+        [0, 1), the same for all that is recorded of one request; it is kept if that is below the share.
         """
-        if sticky(request_id, "record") >= self.share:
+        if chance >= self.share:
             return 0
         try:
             arm = "stable" if answers is None else answers.arm
@@ -82,12 +100,12 @@ class Recorder:
             return 0
         size_bytes = sum(row.size_bytes for row in rows)
         with self._lock:
-            if self.held_bytes + size_bytes > self.max_bytes:
-                self.dropped += len(rows)
-                return 0
-            self.held_bytes += size_bytes
-            self._rows += rows
-        return len(rows)
+            if has_room := self.held_bytes + size_bytes <= self.max_bytes:
+                self.held_bytes += size_bytes
+                self._rows += rows
+        if not has_room:
+            self._drop(len(rows), "more answers of %s wait than fit in memory", self.model)
+        return len(rows) if has_room else 0
 
     def _row(self, known: tuple[Any, ...], index: int, value: Input, answers: Answers | None) -> _Row:
         time_ms, request_id, arm, latency_ms, error, version = known
@@ -124,7 +142,7 @@ class Recorder:
             write_bytes(self.storage, location, _parquet(labels, rows))
             written = len(rows)
         except OSError:
-            self._complain("cannot write %s: %d rows wait", location, len(rows))
+            self.complain("cannot write %s: %d rows wait", location, len(rows))
             self._wait_until = self._clock() + _RETRY_S
             with self._lock:
                 self._rows = rows + self._rows
@@ -139,14 +157,14 @@ class Recorder:
     def _drop(self, rows: int, why: str, *values: object) -> None:
         with self._lock:
             self.dropped += rows
-        self._complain(why, *values)
+        self.complain(why, *values)
 
-    def _complain(self, text: str, *values: object) -> None:
+    def complain(self, text: str, *values: object) -> None:
         """Of the error at hand, once a minute at most."""
         now = self._clock()
         if now >= self._silent_until:
             self._silent_until = now + _COMPLAIN_S
-            log.warning(f"{text} (%d dropped so far)", *values, self.dropped, exc_info=True)
+            log.warning(f"{text} (%d dropped so far)", *values, self.dropped, exc_info=sys.exc_info()[0] is not None)
 
 
 def _grouped(rows: Sequence[_Row], most: int) -> Iterator[tuple[tuple[str, ...], list[_Row]]]:
@@ -181,35 +199,57 @@ class Recorders:
     def __init__(self) -> None:
         self.known: dict[tuple[str, str], tuple[Recorder, Recording]] = {}
         """By storage and model."""
+        self._noted: dict[tuple[str, str], int] = {}
         self._tidy_at = 0.0
 
     def of(self, storage: str, model: str, terms: Recording) -> Recorder:
         recorder, known = self.known.get((storage, model), (None, None))
         if recorder is None:
-            recorder = Recorder(Storage(storage), model)
+            recorder = Recorder(storage_at(storage), model)
         if known != terms:
             recorder.share, recorder.keep_inputs = terms.share, terms.keep_inputs
             self.known[storage, model] = recorder, terms
         return recorder
 
-    def write_due(self) -> None:
-        """And once an hour, forget what is too old."""
-        is_time, now = time.time() >= self._tidy_at, time.time()
-        for recorder, terms in list(self.known.values()):
+    def news(self) -> Iterator[tuple[str, int, int]]:
+        """Of each model, how many rows were written and dropped since the last call."""
+        for recorder, _ in self.known.values():
+            written, dropped = recorder.written, recorder.dropped
+            yield recorder.model, written - recorder.told_written, dropped - recorder.told_dropped
+            recorder.told_written, recorder.told_dropped = written, dropped
+
+    def write_due(self, storages: Iterable[str] = ()) -> None:
+        """And once an hour, forget what is too old, in ``storages`` too: of models that are recorded no more, or not here."""
+        self._note_terms()
+        for recorder, _ in list(self.known.values()):
             if recorder.due():
                 recorder.flush()
-            if is_time:
-                _tidy(recorder, terms)
-        self._tidy_at = now + _TIDY_S if is_time else self._tidy_at
+        if time.time() >= self._tidy_at:
+            self._tidy_at = time.time() + _TIDY_S
+            for storage in {*storages, *(storage for storage, _ in self.known)}:
+                _tidy(storage_at(storage))
 
     def write_all(self) -> None:
+        self._note_terms()
         for recorder, _ in list(self.known.values()):
             recorder.flush()
 
+    def _note_terms(self) -> None:
+        """How long answers are kept stands beside them, for when their model is gone."""
+        for (storage, model), (recorder, terms) in list(self.known.items()):
+            if self._noted.get((storage, model)) != terms.keep_days:
+                try:
+                    note_days(recorder.storage, model, terms.keep_days)
+                except OSError:
+                    recorder.complain("cannot write how long answers of %s are kept", model)
+                else:
+                    self._noted[storage, model] = terms.keep_days
 
-def _tidy(recorder: Recorder, terms: Recording) -> None:
-    first = datetime.now(UTC).date() - timedelta(days=terms.keep_days)
-    try:
-        forget(recorder.storage, recorder.model, first)
-    except OSError:
-        log.warning("cannot remove old answers of %s", recorder.model, exc_info=True)
+
+def _tidy(storage: Storage) -> None:
+    for model in recorded_models(storage):
+        try:
+            if (days := noted_days(storage, model)) is not None:
+                forget(storage, model, datetime.now(UTC).date() - timedelta(days=days))
+        except (OSError, ValueError, TypeError, KeyError):
+            log.warning("cannot remove old answers of %s", model, exc_info=True)

@@ -17,6 +17,8 @@ from hashlib import blake2b
 from itertools import accumulate
 from typing import Any, Literal
 
+from orchestrator.recipe_serving import Rollout
+
 Mode = Literal["canary", "shadow", "ab"]
 BOUNDS_MS = tuple(0.1 * 2 ** (step / 4) for step in range(102))
 """Where the latency histogram's buckets end, from 0.1 ms to more than an hour, each 19 % above the one before."""
@@ -35,16 +37,7 @@ class Policy:
     """Of the requests that go to the candidate; in shadow: that are also shown to it."""
     latency_budget_ms: float
     """A request that takes longer is slow."""
-    max_error_rate_rise: float = 0.01
-    """Above the stable version's error rate, as a difference."""
-    max_slow_rise: float = 0.05
-    """Above the stable version's share of slow requests, as a difference."""
-    min_agreement: float | None = 0.9
-    """Share of the compared inputs that both versions label alike; None: they may differ."""
-    promote_after: int | None = None
-    """Requests after which a canary that nothing speaks against is promoted; None: a person promotes."""
-    confidence: float = 0.95
-    """That none of a rollout's verdicts from bounds is wrong, however often it is asked for. Above 0, below 1."""
+    terms: Rollout
 
 
 @dataclass
@@ -147,7 +140,7 @@ class _Known:
 
     @classmethod
     def of(cls, arm: Arm, policy: Policy) -> _Known:
-        alpha = (1.0 - policy.confidence) / _QUESTIONS
+        alpha = (1.0 - policy.terms.confidence) / _QUESTIONS
         return cls(
             errors=Rate.of(arm.errors, arm.requests, alpha / 2),
             slow=Rate.of(arm.slow, arm.requests, alpha / 2),
@@ -238,8 +231,8 @@ def _harm(policy: Policy, old: _Known, new: _Known) -> Verdict | None:
     """What speaks against the candidate, the gravest first."""
     late = f" in more than {policy.latency_budget_ms:g} ms"
     return (
-        _rise("error_rate", "failed", "", old.errors, new.errors, policy.max_error_rate_rise)
-        or _rise("slow", "answered", late, old.slow, new.slow, policy.max_slow_rise)
+        _rise("error_rate", "failed", "", old.errors, new.errors, policy.terms.max_error_rate_rise)
+        or _rise("slow", "answered", late, old.slow, new.slow, policy.terms.max_slow_rise)
         or _disagreement(policy, new.agreed)
     )
 
@@ -260,13 +253,13 @@ def _rise(name: str, did: str, how: str, old: Rate, new: Rate, tolerated: float)
 
 
 def _disagreement(policy: Policy, agreed: Rate) -> Verdict | None:
-    if policy.min_agreement is None or agreed.high >= policy.min_agreement:
+    if policy.terms.min_agreement is None or agreed.high >= policy.terms.min_agreement:
         return None
     reason = (
         f"the candidate agreed with the stable version on {agreed} inputs: on {agreed.high:.2%} at most, and "
-        f"{policy.min_agreement:.2%} are asked for"
+        f"{policy.terms.min_agreement:.2%} are asked for"
     )
-    return Verdict("rollback", reason, {"agreement_high": agreed.high, "min_agreement": policy.min_agreement})
+    return Verdict("rollback", reason, {"agreement_high": agreed.high, "min_agreement": policy.terms.min_agreement})
 
 
 def _of_shadow(harm: Verdict | None, new: _Known) -> Verdict:
@@ -290,9 +283,9 @@ def _by_feedback(old: Rate, new: Rate) -> Verdict:
 
 def _by_requests(policy: Policy, requests: int) -> Verdict:
     told = f"nothing speaks against the candidate after {requests} requests"
-    if policy.promote_after is None:
+    if policy.terms.promote_after is None:
         return Verdict("wait", f"{told}; a person promotes it", {"candidate_requests": requests})
-    evidence: dict[str, float] = {"candidate_requests": requests, "promote_after": policy.promote_after}
-    if requests >= policy.promote_after:
-        return Verdict("promote", f"{told}, and {policy.promote_after} were asked for", evidence)
-    return Verdict("wait", f"{told}; it is promoted after {policy.promote_after} unless something does", evidence)
+    evidence: dict[str, float] = {"candidate_requests": requests, "promote_after": policy.terms.promote_after}
+    if requests >= policy.terms.promote_after:
+        return Verdict("promote", f"{told}, and {policy.terms.promote_after} were asked for", evidence)
+    return Verdict("wait", f"{told}; it is promoted after {policy.terms.promote_after} unless something does", evidence)

@@ -7,6 +7,7 @@ gateway sends nearly all requests there are, and knows of each when it ends.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -34,11 +35,10 @@ class FewestUnderWay(PowerOfTwoChoicesRequestRouter):
         self.under_way.pop(replica_id, None)
 
     async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
-        """One after the other is asked to take it. For a model on the shelf, only among the replicas that hold it."""
-        ranks = await super().choose_replicas(candidate_replicas, pending_request)
-        if pending_request is not None and pending_request.metadata.multiplexed_model_id:
-            return ranks
-        drawn = [replica for rank in ranks for replica in rank]  # in random order, which decides between equals
+        """One after the other is asked to take it."""
+        near = self.apply_locality_routing(pending_request)  # tells Serve's loop as well to pause when all are busy
+        drawn = [replica for replica in candidate_replicas if replica.replica_id in near]
+        random.shuffle(drawn)  # decides between equals
         return [[replica] for replica in sorted(drawn, key=lambda replica: self.under_way[replica.replica_id])]
 
 

@@ -76,7 +76,7 @@ def plan_scale(goals: Serving, measured: Latency | None = None) -> Scale:
             ),
             "max_ongoing_requests": "one batch is computed while the next one gathers",
             "max_queued_requests": (
-                f"{at_least} replicas answer {at_least * rate_per_s:.0f} inputs/s; who would wait "
+                f"{at_least} replicas answer {at_least * rate_per_s:.0f} requests/s of one input; who would then wait "
                 f"for more than half of request_timeout_s is turned away at once"
             ),
             "metrics_interval_s": "twice a second; with Serve's default of 10 s it takes thrice as long to scale up",

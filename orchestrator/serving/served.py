@@ -6,15 +6,12 @@ In: a registered version. Out: a small ``Served`` value that any node can start 
 from __future__ import annotations
 
 import base64
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from orchestrator.errors import IntegrityError
-from orchestrator.evaluation.predictions import read_samples
 from orchestrator.recipe_serving import Listen, Serving, Shelf
 from orchestrator.records import EvaluationRecord, VersionRecord
 from orchestrator.registry.store import CHAMPION, Registry
@@ -54,6 +51,11 @@ class Served:
     def scale(self) -> Scale:
         return plan_scale(self.settings, self.latency)
 
+    @property
+    def at_once(self) -> int:
+        """Inputs in one request, at most, that its replicas compute together."""
+        return min(self.scale.max_batch_size, self.settings.max_instances)
+
 
 _SERVED: TypeAdapter[Served] = TypeAdapter(Served)
 
@@ -82,10 +84,8 @@ def served_version(registry: Registry, version: VersionRecord, settings: Serving
 
 def known_inputs(storage: Storage, location: str) -> list[str | bytes]:
     """Some rows that the model at ``location`` was evaluated on; none of versions that were registered without."""
-    folder = location.rpartition("/")[0]
-    with contextlib.suppress(IntegrityError):
-        storage.fetch(folder, verify=False)
-    inputs = [row["input"] for row in read_samples(storage.path(folder) / SAMPLES)]
+    rows = storage.read_json(f"{location.rpartition('/')[0]}/{SAMPLES}") or []
+    inputs = [row["input"] for row in rows]
     return [given if isinstance(given, str) else base64.b64decode(given["b64"]) for given in inputs]
 
 

@@ -7,23 +7,20 @@ Requests say which model they are for, and Serve sends them where it is loaded. 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import ray
 from ray import serve
 from ray.serve._private.common import RequestRoutingInfo
 from ray.serve.config import AutoscalingConfig
 from ray.serve.context import _get_global_client
 
 import orchestrator
-from orchestrator.errors import IntegrityError, ServingFailed
+from orchestrator.errors import IntegrityError
 from orchestrator.recipe_serving import Serving
 from orchestrator.recipe_serving import Shelf as Terms
 from orchestrator.serving.contract import Answers, Explained, ExplainRequest, Input, ModelInfo
@@ -163,29 +160,6 @@ def _tell_controller(models: Sequence[Served]) -> None:
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is not None:
         client.record_request_routing_info(info)
-
-
-class _Lock:
-    """An actor whose name there can be but once."""
-
-
-@contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Of the commands that change what stands on the shelf: each reads it, and writes it again. A command that dies leaves
-    the lock open, for its actor dies with it. Raises ServingFailed when another takes longer than ten minutes."""
-    deadline = time.monotonic() + _LONGEST_LOAD_S
-    while True:
-        try:
-            lock = ray.remote(num_cpus=0)(_Lock).options(name="shelf-lock", namespace="orchestrator").remote()
-            break
-        except ValueError:  # the name is taken
-            if time.monotonic() > deadline:
-                raise ServingFailed("another command is changing the shelf", "try again when it has ended") from None
-            time.sleep(0.2)
-    try:
-        yield
-    finally:
-        ray.kill(lock)
 
 
 def shelf_app(terms: Terms, models: Sequence[Served]) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,9 +41,7 @@ class Span(Protocol):
 
 
 class Tracer(Protocol):
-    def span(
-        self, name: str, traceparent: str | None = None, attributes: Mapping[str, Value] | None = None
-    ) -> AbstractContextManager[Span]:
+    def span(self, name: str, traceparent: str | None = None) -> AbstractContextManager[Span]:
         """Runs around what is measured. An exception passes through, and is told by its code or type.
 
         ``traceparent``: the header that came with a request, if one did; what is not well-formed is ignored. Without one the
@@ -54,12 +52,10 @@ class Tracer(Protocol):
         """Send what is left, if that takes two seconds at most."""
 
 
-def tracer(endpoint: str | None, share: float = 1.0) -> Tracer:
+def tracer(endpoint: str, share: float = 1.0) -> Tracer:
     """``endpoint``: of an OTLP/HTTP collector, such as ``http://127.0.0.1:4318``. ``share``: of the requests that are traced,
     0 to 1; a client that sends a trace decides that itself. Raises UserError for an address that is none, ServingFailed
     without the extra ``trace``."""
-    if endpoint is None:
-        return NoTracer()
     address = urlsplit(endpoint)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise UserError(f"{endpoint[:80]!r} is no address of a collector", "give one such as http://127.0.0.1:4318")
@@ -78,9 +74,7 @@ class NoTracer:
     def __init__(self) -> None:
         self._nothing = nullcontext(_NoSpan())
 
-    def span(
-        self, name: str, traceparent: str | None = None, attributes: Mapping[str, Value] | None = None
-    ) -> AbstractContextManager[Span]:
+    def span(self, name: str, traceparent: str | None = None) -> AbstractContextManager[Span]:
         return self._nothing
 
     def close(self) -> None:
@@ -109,16 +103,13 @@ class OpenTelemetry:
         self._tracer = self._provider.get_tracer(__name__)
 
     @contextmanager
-    def span(
-        self, name: str, traceparent: str | None = None, attributes: Mapping[str, Value] | None = None
-    ) -> Iterator[Span]:
+    def span(self, name: str, traceparent: str | None = None) -> Iterator[Span]:
         from opentelemetry.trace import SpanKind, get_current_span
 
         told = _continued(traceparent)
         is_inner = told is None and get_current_span().get_span_context().is_valid
         started = self._tracer.start_as_current_span(
             name, told, SpanKind.INTERNAL if is_inner else SpanKind.SERVER,
-            {key: _bounded(value) for key, value in (attributes or {}).items()},
             record_exception=False, set_status_on_exception=False,
         )  # fmt: skip
         with started as inner:

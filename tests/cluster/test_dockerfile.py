@@ -73,6 +73,20 @@ def test_packages_are_the_tested_ones_and_come_from_wherever_pip_is_configured_t
     )
 
 
+def test_what_the_recipes_and_the_endpoint_may_ask_for_is_inside() -> None:
+    """The image answers with compressed models, explains images and sends traces."""
+    (requirements,) = (rest for rest in named("RUN") if "requirements.txt" in rest)
+    script = requirements[requirements.index('"') + 1 : requirements.rindex('"')]
+    (extras,) = (rest.removeprefix("EXTRAS=").strip('"') for rest in named("ARG") if rest.startswith("EXTRAS="))
+    said = subprocess.run(
+        [sys.executable, "-c", script.replace("$EXTRAS", extras)], cwd=ROOT, capture_output=True, text=True
+    )
+    names = {re.split(r"[>=\[]", line)[0] for line in said.stdout.splitlines()}
+    assert {"ray", "onnxruntime", "openvino", "nncf", "captum", "opentelemetry-exporter-otlp-proto-http"} <= names, (
+        said.stderr
+    )
+
+
 def test_code_is_copied_after_its_dependencies_are_installed() -> None:
     order = [i.rest for i in instructions()]
     assert order.index("orchestrator ./orchestrator") > next(n for n, r in enumerate(order) if "requirements.txt" in r)

@@ -1,7 +1,7 @@
 """Batches of an epoch, and each worker's share."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.data.batches import evaluation_batches, plan_epoch, share
@@ -13,7 +13,6 @@ def lengths_of(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(4, 128, rows)
 
 
-@settings(deadline=None)
 @given(SIZES, st.integers(1, 70), st.integers(0, 9), st.integers(0, 9))
 def test_every_row_appears_exactly_once(rows: int, batch_size: int, seed: int, epoch: int) -> None:
     plan = plan_epoch(lengths_of(rows), np.zeros(rows, int), batch_size=batch_size, seed=seed, epoch=epoch)
@@ -21,7 +20,6 @@ def test_every_row_appears_exactly_once(rows: int, batch_size: int, seed: int, e
     assert sum(len(batch) < batch_size for batch in plan) <= 1
 
 
-@settings(deadline=None)
 @given(SIZES, st.integers(1, 64), st.integers(1, 9))
 def test_the_shares_of_all_workers_are_the_batch(rows: int, batch_size: int, world: int) -> None:
     for batch in plan_epoch(lengths_of(rows), np.zeros(rows, int), batch_size=batch_size, seed=1, epoch=0):
@@ -30,7 +28,6 @@ def test_the_shares_of_all_workers_are_the_batch(rows: int, batch_size: int, wor
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@settings(deadline=None)
 @given(SIZES, st.integers(1, 64), st.integers(1, 9))
 def test_each_row_is_evaluated_once_over_all_workers(rows: int, batch_size: int, world: int) -> None:
     lengths = lengths_of(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,26 @@ def texts_recipe(csv: Path, backbone: Path, root: Path, max_tokens: int, more: s
     )
 
 
-def test_two_versions_become_a_third_that_answers_as_both_together(
-    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def promoted(
+    reviews_csv: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Session
+) -> Path:
+    """A folder with two versions of different recipes; each test works on a copy."""
+    folder = tmp_path_factory.mktemp("promoted")
     for max_tokens in (8, 32):
-        text = texts_recipe(reviews_csv, tiny_backbone, tmp_path, max_tokens)
-        Walk(text, ray_session).pipeline.walk("promote")
+        Walk(texts_recipe(reviews_csv, tiny_backbone, folder, max_tokens), ray_session).pipeline.walk("promote")
+    return folder
+
+
+@pytest.fixture
+def folder(promoted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(promoted, tmp_path / "copy"))
+
+
+def test_two_versions_become_a_third_that_answers_as_both_together(
+    reviews_csv: Path, tiny_backbone: Path, folder: Path, ray_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = texts_recipe(reviews_csv, tiny_backbone, folder, 32)
     for place in ((EnsembleStage, "_record"), (Pipeline, "evaluate"), (Pipeline, "promote")):
         with monkeypatch.context() as broken, pytest.raises(Killed):
             broken.setattr(*place, killed)
@@ -85,12 +100,12 @@ def test_two_versions_become_a_third_that_answers_as_both_together(
     assert np.abs(walk.answers(1, TEXTS) - walk.answers(2, TEXTS)).max() > 1e-3, "the members differ"
     losses = [member["validation"]["loss"] for member in record["model"]["mixture"]["members"]]
     assert record["model"]["mixture"]["validation"]["loss"] <= min(losses) + 1e-5, "so far the weights were fitted"
-    folder = walk.pipeline.registry.open(version)
-    card = load_model(folder / "model").card
+    opened = walk.pipeline.registry.open(version)
+    card = load_model(opened / "model").card
     assert [member["version"] for member in card["ensemble"]["members"]] == [1, 2]
-    page = (folder / "report.html").read_text()
+    page = (opened / "report.html").read_text()
     assert "ensemble of versions 1, 2" in page and "<h2>Ensemble</h2>" in page and "<h2>Training</h2>" not in page
-    known = read_samples(folder / SAMPLES)
+    known = read_samples(opened / SAMPLES)
     answered = walk.answers(3, [row["input"] for row in known])
     assert answered == pytest.approx(np.array([list(row["scores"].values()) for row in known]), abs=1e-5)
     printed = describe(done)
@@ -110,11 +125,9 @@ def test_two_versions_become_a_third_that_answers_as_both_together(
 
 
 def test_an_ensemble_that_is_champion_defends_itself_in_its_own_encoding(
-    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
+    reviews_csv: Path, tiny_backbone: Path, folder: Path, tmp_path: Path, ray_session: Session
 ) -> None:
-    texts = [texts_recipe(reviews_csv, tiny_backbone, tmp_path, max_tokens) for max_tokens in (8, 32)]
-    for text in texts:
-        Walk(text, ray_session).pipeline.walk("promote")
+    texts = [texts_recipe(reviews_csv, tiny_backbone, folder, max_tokens) for max_tokens in (8, 32)]
     joining = Walk(texts[0], ray_session).pipeline
     joining.join_versions("1,2", "vote", "0.3,0.7")
     joining.registry.set_alias("r", "champion", 3, "by hand")
@@ -132,9 +145,11 @@ def test_an_ensemble_that_is_champion_defends_itself_in_its_own_encoding(
     assert " against " in challenger.get("reason", "") + challenger.get("decision", "")
 
 
+@pytest.mark.slow
 def test_image_versions_of_different_sizes_are_joined(
     shapes_folder: Path, tmp_path: Path, ray_session: Session
 ) -> None:
+    """How each gets its size: tests/models/test_mixture.py."""
     for size in (32, 64):
         recipe = (
             f"name: shapes\ntask: image_classification\nstorage: {tmp_path}/runs\ndata: {{source: {shapes_folder}}}\n"

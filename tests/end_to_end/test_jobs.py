@@ -58,7 +58,7 @@ def test_ray_job_submit_walks_the_whole_path(cluster: OwnCluster, project: Path,
 
     body = json.dumps({"instances": ["a great fresh cup"]}).encode()
     request = urllib.request.Request(records["serve"]["predict_url"], body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         assert json.load(answer)["model_version"] == "1"
 
 
@@ -87,7 +87,7 @@ def test_serve_deploy_brings_a_config_file_to_the_cluster(cluster: OwnCluster, p
         time.sleep(1)
     body = json.dumps({"instances": ["a great fresh cup"]}).encode()
     url = f"http://127.0.0.1:{port}/v1/models/jobbed:predict"
-    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=30) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as answer:
         assert json.load(answer)["model_version"] == "1"
 
 
@@ -95,35 +95,24 @@ def test_submit_streams_the_log_and_brings_the_record(cluster: OwnCluster, proje
     """Data that git ignores travels too."""
     storage = cluster.root / "other"
     submitted = cluster.run(
-        BIN / "orchestrator", "submit", "train", "recipe.yaml", "--address", cluster.dashboard, "--storage", storage,
+        BIN / "orchestrator", "submit", "prepare", "recipe.yaml", "--address", cluster.dashboard, "--storage", storage,
         "--json", cwd=project,
     )  # fmt: skip
     assert submitted.returncode == 0, submitted.stderr[-4000:]
     record = json.loads(submitted.stdout)
-    assert (record["stage"], record["steps"]) == ("train", 20)
-    assert "[train]" in submitted.stderr and "ray job logs" in submitted.stderr
-    assert (storage / record["model_location"] / "config.json").is_file()
+    assert (record["stage"], record["labels"]) == ("prepare", ["bad", "good"])
+    assert "[prepare]" in submitted.stderr and "ray job logs" in submitted.stderr
+    assert (storage / record["location"] / "rows.arrow").is_file()
 
 
-@pytest.mark.parametrize(
-    ("change", "status", "words"),
-    [
-        ("data.source=data/none.csv", 2, "there is nothing at data/none.csv"),
-        ("training.epochs=2", 1, "rows.arrow is not the file that was written"),
-    ],
-    ids=["the user's mistake", "a failure"],
-)
-def test_submit_ends_with_the_jobs_own_status(
-    cluster: OwnCluster, project: Path, change: str, status: int, words: str
-) -> None:
-    (rows,) = (cluster.root / "other").glob("prepare/*/rows.arrow")
-    rows.write_bytes(rows.read_bytes()[:-1] + b"?")
+def test_submit_ends_with_the_jobs_own_status(cluster: OwnCluster, project: Path) -> None:
+    """Here 2, the user's mistake; what others become, tests/test_submit.py says."""
     submitted = cluster.run(
-        BIN / "orchestrator", "submit", "train", "recipe.yaml", "--address", cluster.dashboard, "--set", change,
-        "--storage", cluster.root / "other", cwd=project,
+        BIN / "orchestrator", "submit", "train", "recipe.yaml", "--address", cluster.dashboard, "--storage",
+        cluster.root / "other", "--set", "data.source=data/none.csv", cwd=project,
     )  # fmt: skip
-    assert submitted.returncode == status, submitted.stderr[-4000:]
-    assert words in submitted.stderr
+    assert submitted.returncode == 2, submitted.stderr[-4000:]
+    assert "there is nothing at data/none.csv" in submitted.stderr
     assert "Traceback" not in submitted.stderr
 
 

@@ -29,16 +29,22 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(100):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.2)
+        deadline = time.monotonic() + 120
+        while not answers(f"http://127.0.0.1:{port}/moto-api/"):
+            assert server.poll() is None and time.monotonic() < deadline, "moto is not up"
+            time.sleep(0.2)
         yield f"s3://bucket/{{}}?endpoint_override=127.0.0.1:{port}&scheme=http&allow_bucket_creation=true"
     finally:
         server.terminate()
         server.wait(10)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10):
+            return True
+    except OSError:
+        return False
 
 
 def stage(machine: Path, verb: str, recipe: Path) -> dict[str, Any]:

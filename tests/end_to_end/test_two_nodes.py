@@ -23,7 +23,7 @@ def can_hide_folders() -> bool:
     return sys.platform == "linux" and subprocess.run(trial, capture_output=True).returncode == 0
 
 
-LONG_STEPS = 1200
+LONG_STEPS = 600
 """A run that no machine finishes in the second that a node takes to die."""
 
 pytestmark = [
@@ -47,7 +47,7 @@ def folder_seen_by(process: subprocess.Popen[str], folder: Path) -> set[str]:
     return {path.name for path in Path(f"/proc/{process.pid}/root{folder}").iterdir()}
 
 
-def wait_until(condition: Any, what: str, timeout_s: float = 60.0) -> None:
+def wait_until(condition: Any, what: str, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"
@@ -85,7 +85,9 @@ def test_both_nodes_train_and_evaluate_one_model(cluster: OwnCluster, recipe: Pa
     assert len(asked) == 2 and {task["node_id"] for task in asked} == nodes
 
 
+@pytest.mark.slow
 def test_a_relative_storage_is_refused_where_the_other_node_could_not_see_it(cluster: OwnCluster, recipe: Path) -> None:
+    """The rule itself: tests/test_session.py."""
     submitted = cluster.run(BIN / "orchestrator", "submit", "train", recipe, "--storage", "results", "--address",
                             cluster.dashboard, cwd=recipe.parent)  # fmt: skip
     assert submitted.returncode == 2, submitted.stderr[-4000:]
@@ -107,10 +109,10 @@ def test_an_elastic_run_goes_on_with_the_workers_that_are_left_when_a_node_dies(
         logs = [run / METRICS for run in set((recipe.parent / "runs" / "train").iterdir()) - runs]
         return [line["step"] for log in logs for line in read_metrics(log) if line["kind"] == "train"]
 
-    wait_until(lambda: process.poll() is not None or len(steps()) > 60, "training is under way", timeout_s=120)
+    wait_until(lambda: process.poll() is not None or len(steps()) > 60, "training is under way")
     second = cluster.nodes.pop()
     os.killpg(second.pid, signal.SIGKILL)
-    second.wait(10)
+    second.wait(60)
     assert len(steps()) < LONG_STEPS / 2, "the fault fired in the midst of training"
     out, said = process.communicate(timeout=240)
     assert process.returncode == 0, said[-4000:]

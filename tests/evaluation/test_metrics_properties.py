@@ -28,7 +28,7 @@ def weighted_rows(draw: st.DrawFn) -> Rows:
     return np.array(labels), probabilities / probabilities.sum(axis=1, keepdims=True), np.array(weights, dtype=float)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weighted_rows())
 def test_weighted_figures_are_scikit_learns(rows: Rows) -> None:
     labels, probabilities, weights = rows
@@ -61,7 +61,7 @@ def _check_ranking(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray
         assert ours["roc_auc"] == pytest.approx(sk.roc_auc_score(positive, scores, sample_weight=weights), abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(weighted_rows())
 def test_any_rows_give_a_record_of_finite_numbers_and_no_warning(rows: Rows) -> None:
     labels, probabilities, _ = rows
@@ -74,7 +74,7 @@ def test_any_rows_give_a_record_of_finite_numbers_and_no_warning(rows: Rows) -> 
         assert interval.low <= interval.high
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(weighted_rows())
 def test_the_calibration_error_is_its_definition(rows: Rows) -> None:
     labels, probabilities, weights = rows

@@ -22,8 +22,9 @@ from orchestrator.models.checkpoint import SavedModel, load_model, save_mixture,
 from orchestrator.models.ensemble import Combine, Mixture, disagreement, fitted_weights, gains_of
 from orchestrator.models.runtimes import Answering, RuntimeNetwork
 from orchestrator.recipe import Model
-from orchestrator.serving.precision import settled
+from orchestrator.recipe_serving import Serving
 from orchestrator.serving.predictor import Predictor
+from orchestrator.serving.runtime import settled
 from orchestrator.storage import Storage
 
 LABELS = ("bad", "good", "so so")
@@ -278,7 +279,7 @@ def served(networks: Sequence[Network], encoder: Encoder) -> Predictor:
 def test_in_bf16_what_another_runtime_computes_stays_as_it_is(tiny_backbone: Path) -> None:
     elsewhere, torchs = Elsewhere([2.0, 0.0, 0.0]), text_network(tiny_backbone, 0)
     before = served([elsewhere, torchs], TextEncoder(tiny_backbone, 32))
-    after = settled(before, "bf16", TEXTS)
+    after = settled(before, Serving(precision="bf16"), TEXTS)
     assert after.model.precision == "bf16" and isinstance(after.model.network, EnsembleNetwork)
     assert after.model.network.members[0] is elsewhere
     assert {p.dtype for p in after.model.network.members[1].parameters()} == {torch.bfloat16}
@@ -289,4 +290,4 @@ def test_in_bf16_what_another_runtime_computes_stays_as_it_is(tiny_backbone: Pat
 
 def test_an_ensemble_of_other_runtimes_alone_stays_as_it_is(tiny_backbone: Path) -> None:
     predictor = served([Elsewhere([2.0, 0.0, 0.0]), Elsewhere([0.0, 1.0, 0.0])], TextEncoder(tiny_backbone, 32))
-    assert settled(predictor, "bf16", TEXTS) is predictor
+    assert settled(predictor, Serving(precision="bf16"), TEXTS) is predictor

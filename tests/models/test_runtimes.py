@@ -8,8 +8,8 @@ import pytest
 import torch
 from small_networks import image_network, pictures, save_around, text_network, texts
 
-from orchestrator.compression.forms import FORMS
 from orchestrator.errors import IntegrityError
+from orchestrator.exporting.forms import FORMS
 from orchestrator.models.backbones import EnsembleNetwork, load_network
 from orchestrator.models.checkpoint import count_parameters, load_model
 from orchestrator.models.runtimes import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,18 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import UserError
-from orchestrator.serving.access import Keys, create_key, key_in, keys_and_use, list_keys, make_key, own_key, revoke
+from orchestrator.serving.access import (
+    Keys,
+    admit_any,
+    create_key,
+    key_in,
+    keys_and_use,
+    list_keys,
+    make_key,
+    own_key,
+    revoke,
+    used_on,
+)
 from orchestrator.serving.contract import ApiError
 from orchestrator.storage import Storage
 
@@ -147,7 +159,75 @@ def test_inputs_per_day_outlive_a_restart_and_begin_anew_the_next_day(
     again.take_inputs(key, 10)
     again.refresh()
     assert again.used() == {key.id: 10}
-    assert json.loads(storage.path("serve/usage/2026-11-28.json").read_text()) == {key.id: 10}
+    assert used_on(storage, "2026-11-28") == {key.id: 10}
+
+
+def test_what_several_gateways_count_is_summed_and_none_writes_over_the_other(storage: Storage, clock: Clock) -> None:
+    key, _ = create_key(storage, "shop", per_day=10)
+
+    def gateway(writer: str) -> Keys:
+        keys = Keys(storage, clock, lambda: clock.date, writer=writer)
+        keys.refresh()
+        return keys
+
+    one, other = gateway("node-a-1"), gateway("node-2")
+    one.take_inputs(key, 3)
+    other.take_inputs(key, 4)
+    for keys in (one, other, one):
+        keys.refresh()
+    assert used_on(storage, clock.date) == {key.id: 7}
+    again = gateway("node-a-3")  # the first one was started again, on the same machine
+    assert again.used() == {key.id: 3}
+    again.take_inputs(key, 7)
+    with pytest.raises(ApiError):
+        again.take_inputs(key, 1)
+    again.refresh()
+    assert used_on(storage, clock.date) == {key.id: 14}
+
+
+def test_a_key_that_cannot_be_read_keeps_no_other_from_being_revoked_known_or_counted(
+    storage: Storage, ring: Callable[[], Keys], clock: Clock, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    keys = ring()
+    (gone, revoked), (used, _) = create_key(storage, "gone"), create_key(storage, "used")
+    keys.refresh()
+    keys.take_inputs(used, 5)
+    (locked, shut), (_, fresh) = create_key(storage, "locked"), create_key(storage, "fresh")
+    revoke(storage.url, gone.id)
+    read = storage.read_json
+
+    def refuse(location: str) -> Any:
+        if locked.id in location:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(location)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read_json", refuse)
+        for _ in range(3):
+            keys.refresh()
+    assert refused(keys, revoked, "predict", "reviews").status == 401
+    assert refused(keys, shut, "predict", "reviews").status == 401
+    assert keys.admit(fresh, "predict", "reviews").name == "fresh"
+    assert used_on(storage, clock.date) == {used.id: 5}
+    (told,) = caplog.records
+    assert f"serve/keys/{locked.id}/key.json" in told.message and "Permission denied" in told.message
+    keys.refresh()
+    assert keys.admit(shut, "predict", "reviews").name == "locked", "it is asked again"
+
+
+def test_an_administrator_of_some_models_is_none_of_all(
+    storage: Storage, ring: Callable[[], Keys], tmp_path: Path
+) -> None:
+    _, some = create_key(storage, "team", ("admin",), ("reviews",))
+    _, often = create_key(storage, "hasty", ("admin",), per_second=0.1)
+    other = Keys(Storage(str(tmp_path / "other")))
+    assert refused(ring(), some, "admin", None).status == 403
+    locks = [ring(), other]
+    assert admit_any(locks, often).name == "hasty"
+    with pytest.raises(ApiError) as caught:
+        admit_any(locks, often)
+    assert caught.value.status == 429, "and not that the second does not know it"
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"id": "x"}', None])

@@ -30,6 +30,15 @@ def test_an_endpoint_is_not_opened_to_the_network_by_mistake(
     assert Serving.model_validate({"host": host, "keys": True, "tls": TLS}).tls == Tls(**TLS)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"tls": TLS | {"certificate": "chain.pem"}}, {"tls": TLS | {"key": "./key.pem"}}, {"request_log": "log"}],
+)
+def test_files_that_another_process_opens_have_full_paths(settings: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="must be a full path, such as /.*: another process"):
+        Serving.model_validate(settings)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
 def test_this_machine_alone_needs_neither(host: str) -> None:
     assert is_loopback(host) and Serving(host=host).host == host

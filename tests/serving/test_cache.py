@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from orchestrator.recipe_serving import Recording, Serving
 from orchestrator.serving.cache import AnswerCache
-from orchestrator.serving.contract import OWN_REQUEST_ID, Answers, Caller, Input, Limits, ModelInfo
+from orchestrator.serving.contract import Answers, Caller, Input, Limits, ModelInfo
 from orchestrator.serving.envelope import Metrics
 from orchestrator.serving.gateway_on_ray import RayModels, _Known
 from orchestrator.serving.recorded import read_predictions
@@ -133,7 +133,8 @@ def test_what_a_deployment_asks_is_not_recorded(tmp_path: Path) -> None:
     there = models(Replica())
     known = there.known["model-reviews"]
     known.served = replace(known.served, storage=str(tmp_path), settings=Serving(recording=Recording()))
-    for request_id in (OWN_REQUEST_ID, "r-1"):
+    there.own_requests.append("known-answers-1")
+    for request_id in ("known-answers-1", "known-answers", "r-1"):
         asyncio.run(there.predict("reviews", None, ["a text"], Caller("you", request_id)))
     there.recorders.write_all()
-    assert read_predictions(Storage(str(tmp_path)), "reviews")["request_id"].to_pylist() == ["r-1"]
+    assert read_predictions(Storage(str(tmp_path)), "reviews")["request_id"].to_pylist() == ["known-answers", "r-1"]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.serving import contract
 from orchestrator.serving.contract import (
     Answers,
     ApiError,
@@ -18,6 +19,7 @@ from orchestrator.serving.contract import (
     dump_json,
     parse_json,
     predict_answer,
+    read_explain,
     read_feedback,
     read_predict,
 )
@@ -62,10 +64,10 @@ def test_images_arrive_as_the_bytes_of_their_files() -> None:
         (b'{"instances": [NaN]}', "NaN is not a JSON number"),
         (b'{"instances": [-Infinity]}', "Infinity is not"),
         (b'{"instances": [1e999]}', "too large"),
-        (b'{"instances": [' + b"9" * 5000 + b"]}", "xceeds the limit"),
+        (b'{"instances": [' + b"9" * 5000 + b"]}", "the number 9+ is too large"),
         (b'{"instances": ["a"], "instances": ["b"]}', "'instances' is given twice"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[" * 60_000, "nested too deeply"),
+        (b'{"a":' * 10_000, "nested too deeply"),
     ],
 )
 def test_what_is_not_strict_json_is_refused_as_400(body: bytes, reason: str) -> None:
@@ -198,6 +200,41 @@ def test_half_a_surrogate_pair_in_an_echo_is_still_json() -> None:
     assert json.loads(dump_json({"a": "x\ud800"})) == {"a": "x\ud800"}
 
 
+LARGE = 100_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"instances": [' + b"{}," * LARGE + b"1]}",
+        b'{"instances": ' + b"[" * LARGE,
+        b'{"instances": [' + b"1," * LARGE + b"1]}",
+        b'{"instances": [' + b'"",' * LARGE + b'""]}',
+        b"{" + b",".join(b'"%d": 1' % number for number in range(LARGE)) + b"}",
+        b'{"instances": ["\\\\", ' + b'"\\"",' * LARGE + b'""]}',
+    ],
+    ids=["objects", "nested", "numbers", "texts", "keys", "escapes"],
+)
+@pytest.mark.parametrize("read", [read_predict, read_infer, read_explain, read_feedback])
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
+    body: bytes, read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contract, "parse_json", None)
+    with pytest.raises(ApiError, match="holds more values than any request to reviews does.* 4 instances") as refused:
+        read(body, TEXTS)
+    assert refused.value.status == 422
+
+
+def test_what_stands_in_a_text_counts_as_no_value() -> None:
+    texts = ["{[,:" * LARGE, '"' * LARGE, "\\" * LARGE, '\\"[]{},' * LARGE]
+    assert predict({"instances": texts}) == texts
+
+
+def test_as_many_images_as_a_request_may_hold_are_not_too_many_values() -> None:
+    model = IMAGES.model_copy(update={"limits": LIMITS.model_copy(update={"max_instances": LARGE})})
+    assert len(predict({"instances": [{"b64": B64}] * LARGE}, model)) == LARGE
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -209,7 +246,7 @@ keyed = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(value=anything | keyed, model=st.sampled_from([TEXTS, IMAGES]))
 def test_any_json_is_taken_or_refused_but_never_fails(value: Any, model: ModelInfo) -> None:
     body = json.dumps(value).encode()
@@ -221,7 +258,7 @@ def test_any_json_is_taken_or_refused_but_never_fails(value: Any, model: ModelIn
             json.loads(dump_json(refused.body()))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_json_or_refused(body: bytes) -> None:
     try:

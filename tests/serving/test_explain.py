@@ -20,12 +20,12 @@ from PIL import Image
 from served_models import LABELS, png, publish_image_model
 from torch import nn
 
-from orchestrator.compression.forms import FORMS
 from orchestrator.data.combined import together
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.images import ImageEncoder
 from orchestrator.data.text import TextEncoder
 from orchestrator.data.torchvision_ops import ensure_torchvision
+from orchestrator.exporting.forms import FORMS
 from orchestrator.models.backbones import (
     EnsembleNetwork,
     Network,

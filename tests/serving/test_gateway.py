@@ -10,10 +10,12 @@ import re
 import struct
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from orchestrator.serving.access import Keys, create_key
 from orchestrator.serving.contract import Answers, Caller, Explained, ExplainRequest, Input, Limits, ModelInfo
@@ -21,7 +23,7 @@ from orchestrator.serving.feedback import append_feedback
 from orchestrator.serving.gateway import build_app, overloaded
 from orchestrator.storage import Storage
 
-LIMITS = Limits(max_instances=3, max_body_bytes=2_000, request_timeout_s=0.3)
+LIMITS = Limits(max_instances=3, max_body_bytes=2_000, request_timeout_s=10.0)
 LABELS = ("bad", "good")
 
 
@@ -34,6 +36,7 @@ class Fake:
         self.callers: list[Caller] = []
         self.rollouts: dict[str, dict[str, Any]] = {}
         self.locks: dict[str, Keys] = {}
+        self.dead: set[str] = set()
         kinds = (("reviews", "text_classification", "text"), ("digits", "image_classification", "image"))
         self.infos = {
             name: ModelInfo(
@@ -62,13 +65,16 @@ class Fake:
         if "overload" in inputs:
             raise overloaded("busy")
         if "hang" in inputs:
-            await asyncio.sleep(30)
+            await asyncio.sleep(60)
         broken = {index: "is no image" for index, value in enumerate(inputs) if value == b"broken"}
         outputs = [{"label": "good", "scores": {"bad": 0.0, "good": 1.0}} for _ in inputs]
         return Answers(version="3", outputs=outputs, unreadable=broken, batch_size=len(inputs))
 
     def keys(self, name: str) -> Keys | None:
         return self.locks.get(name)
+
+    def is_ready(self, name: str) -> bool:
+        return name not in self.dead
 
     async def feedback(self, name: str, entry: dict[str, Any]) -> None:
         append_feedback(self.storage, name, entry)
@@ -101,6 +107,13 @@ def fake(tmp_path: Path) -> Fake:
 @pytest.fixture
 def client(fake: Fake) -> Client:
     return Client(fake)
+
+
+@pytest.fixture
+def impatient(fake: Fake) -> None:
+    """For what hangs: a request is given up soon."""
+    limits = LIMITS.model_copy(update={"request_timeout_s": 0.3})
+    fake.infos = {name: info.model_copy(update={"limits": limits}) for name, info in fake.infos.items()}
 
 
 def error_of(response: httpx.Response) -> dict[str, str]:
@@ -183,6 +196,11 @@ def test_a_version_that_is_rolled_out_can_be_asked_by_its_number(client: Client,
 def test_health(client: Client, fake: Fake) -> None:
     assert client("GET", "/v2/health/live").status_code == client("GET", "/v2/health/ready").status_code == 200
     assert client("GET", "/v2").json()["name"] == "ray-orchestrator"
+    fake.dead.add("reviews")
+    for path in ("/v2/health/ready", "/v2/models/reviews/ready", "/v2/models/reviews/versions/3/ready"):
+        response = client("GET", path)
+        assert (response.status_code, error_of(response)["code"]) == (503, "not_ready"), path
+    assert client("GET", "/v2/models/digits/ready").status_code == 200
     fake.infos.clear()
     response = client("GET", "/v2/health/ready")
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
@@ -259,13 +277,15 @@ def test_many_large_bodies_at_once_are_503(fake: Fake, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("text", "code"), [("hang", "timeout"), ("overload", "overloaded")])
-def test_a_model_that_cannot_answer_is_503_with_retry_after(client: Client, text: str, code: str) -> None:
+def test_a_model_that_cannot_answer_is_503_with_retry_after(
+    client: Client, impatient: None, text: str, code: str
+) -> None:
     response = client.predict([text])
     assert (response.status_code, error_of(response)["code"]) == (503, code)
     assert response.headers["retry-after"] == "1"
 
 
-def test_a_client_cannot_lift_the_time_limit(client: Client) -> None:
+def test_a_client_cannot_lift_the_time_limit(client: Client, impatient: None) -> None:
     assert client.predict(["hang"], headers={"x-request-timeout-seconds": "0"}).status_code == 503
 
 
@@ -396,6 +416,46 @@ def test_a_refused_explanation_says_why(client: Client, fake: Fake, monkeypatch:
     }  # fmt: skip
 
 
+def test_an_explanation_that_would_have_to_wait_is_503_and_costs_nothing(
+    client: Client, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def busy(name: str, value: Input, asked: ExplainRequest) -> Explained:
+        return Explained(version="3", busy=True)
+
+    monkeypatch.setattr(fake, "explain", busy)
+    keys = locked(fake, "reviews")
+    _, key = create_key(fake.storage, "little", per_day=100)
+    keys.refresh()
+    for _ in range(3):
+        answer = client("POST", "/v1/models/reviews:explain", json={"instance": "a"}, **shown(key))
+        assert (answer.status_code, error_of(answer)["code"], answer.headers["retry-after"]) == (503, "overloaded", "1")
+    assert keys.used() == {}
+
+
+def test_who_hangs_up_before_the_request_is_whole_is_no_fault_of_ours(
+    fake: Fake, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, sent = build_app(fake), list[Message]()
+    messages: list[Message] = [
+        {"type": "http.request", "body": b'{"inst', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    path = "/v1/models/reviews:predict"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": [],
+             "http_version": "1.1", "scheme": "http", "server": ("endpoint", 80), "client": ("127.0.0.1", 1)}  # fmt: skip
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    text = Client.__call__(SimpleNamespace(app=app), "GET", "/metrics").text  # type: ignore[arg-type]
+    assert 'orchestrator_requests_total{model="reviews",route="predict",status="aborted"} 1.0' in text
+    assert sent == [] and "failed" not in caplog.text
+
+
 def test_a_rollout_is_told_where_there_is_one(client: Client, fake: Fake) -> None:
     answer = client("GET", "/v1/models/reviews/rollout")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_rollout")
@@ -408,10 +468,18 @@ def test_a_client_is_known_by_its_key_or_header_or_else_by_what_it_sends(client:
         client.predict(["a"], headers=headers)
     key, text = create_key(fake.storage, "shop")
     locked(fake, "reviews").refresh()
-    client.predict(["a"], headers={"authorization": f"Bearer {text}", "x-client-id": "other"})
-    body, header, by_key = (caller.identity for caller in fake.callers)
+    for headers in ({}, {"x-client-id": "other"}):
+        client.predict(["a"], headers=headers | {"authorization": f"Bearer {text}"})
+    body, header, by_key, behind_the_key = (caller.identity for caller in fake.callers)
     assert isinstance(body, bytes) and b"instances" in body
-    assert (header, by_key) == ("shop", key.id)
+    assert (header, by_key, behind_the_key) == ("shop", key.id, f"{key.id}/other")
+
+
+def test_whether_a_request_is_in_a_sample_is_not_the_clients_choice(client: Client, fake: Fake) -> None:
+    for _ in range(3):
+        client.predict(["a"], headers={"x-request-id": "mine"})
+    chances = [caller.chance for caller in fake.callers]
+    assert len(set(chances)) == 3 and all(0.0 <= chance < 1.0 for chance in chances)
 
 
 def locked(fake: Fake, *names: str) -> Keys:
@@ -452,6 +520,15 @@ def test_health_needs_no_key_and_metrics_an_administrators(client: Client, fake:
     keys.refresh()
     for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/reviews/ready"):
         assert client("GET", path).status_code == 200
+    for version in ("3", "999"):
+        response = client("GET", f"/v2/models/reviews/versions/{version}/ready")
+        assert response.status_code == 401 and "version 3" not in response.text
+    assert client("GET", "/v2/models/reviews/versions/3/ready", **shown(key)).status_code == 200
+    _, limited = create_key(fake.storage, "team", ("admin",), models=("reviews",))
+    _, hasty = create_key(fake.storage, "hasty", ("admin",), per_second=0.001)
+    keys.refresh()
+    assert client("GET", "/metrics", **shown(limited)).status_code == 403, "they are of all models"
+    assert [client("GET", "/metrics", **shown(hasty)).status_code for _ in range(2)] == [200, 429]
     assert client("GET", "/metrics", **shown(key)).status_code == 403
     assert client("GET", "/metrics", **shown(admin)).status_code == 200
     assert key not in client("GET", "/metrics", **shown(admin)).text

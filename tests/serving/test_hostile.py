@@ -13,6 +13,7 @@ import io
 import json
 import random
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 from PIL import Image
 from served_models import LABELS, png, publish_image_model, publish_text_model
 
+from orchestrator.serving import gateway
 from orchestrator.serving.access import Keys
 from orchestrator.serving.contract import Answers, Caller, Explained, ExplainRequest, Input, Limits, ModelInfo
 from orchestrator.serving.gateway import build_app
@@ -67,6 +69,9 @@ class InProcess:
 
     def keys(self, name: str) -> Keys | None:
         return None
+
+    def is_ready(self, name: str) -> bool:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +278,7 @@ def test_images_with_damaged_bytes(seed: int, app: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "headers", "status"),
     [
-        (b"[" * 200_000, {}, 400), (b'{"instances":' * 20_000, {}, 400),
+        (b"[" * 60_000, {}, 400), (b'{"instances":' * 5_000, {}, 400), (b"[" * 200_000, {}, 422),
         (b'{"instances": [' + b"[" * 900 + b"]" * 900 + b"]}", {}, 422),
         (gzip.compress(bytes(10_000_000)), {"content-encoding": "gzip"}, 415), (bytes(400_000), {}, 413),
         (b'{"instances": ["' + b"a" * 299_000 + b'"]}', {}, 200), (b"{}", {"content-length": "-5"}, 422),
@@ -285,3 +290,11 @@ def test_images_with_damaged_bytes(seed: int, app: Any) -> None:
 )  # fmt: skip
 def test_bodies_and_headers_that_are_too_much(body: bytes, headers: dict[str, str], status: int, app: Any) -> None:
     assert check(app, [(PATHS[0], body, headers)]) == [status]
+
+
+def test_a_large_body_is_read_in_a_thread_of_its_own() -> None:
+    def thread(body: bytes) -> int:
+        return threading.get_ident()
+
+    assert asyncio.run(gateway._read(thread, bytes(gateway._LARGE_BYTES))) != threading.get_ident()
+    assert asyncio.run(gateway._read(thread, b"{}")) == threading.get_ident()

@@ -125,7 +125,7 @@ def test_binary_outputs_are_asked_for_in_booleans(value: Any) -> None:
             read_infer(json.dumps(body).encode(), TEXTS)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(elements=st.lists(st.binary(max_size=20), max_size=6))
 def test_what_was_packed_is_unpacked(elements: list[bytes]) -> None:
     assert unpack_bytes(pack_bytes(elements), len(elements)) == elements
@@ -135,7 +135,7 @@ numbers = st.integers() | st.sampled_from([-1, 0, 1, 2, 4, 5, 9, 13])
 lengths = st.none() | st.text(max_size=4) | numbers.map(str)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     following=st.binary(max_size=30) | st.lists(st.binary(max_size=5), max_size=5).map(pack_bytes),
     size=st.none() | numbers | st.booleans() | st.text(max_size=3),
@@ -158,7 +158,7 @@ def test_any_binary_request_is_taken_or_refused_but_never_fails(
         assert 0 < len(inputs) <= LIMITS.max_instances
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(body=st.binary(max_size=60), length=lengths)
 def test_a_body_is_split_in_two_or_refused(body: bytes, length: str | None) -> None:
     try:
@@ -189,9 +189,12 @@ COSTLY = {
 
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_body_of_megabytes_is_refused_at_once(name: str) -> None:
-    """The event loop that reads it answers nobody meanwhile. Without care each of these takes seconds to minutes."""
+    """The event loop that reads it answers nobody meanwhile. Without care each of these takes seconds to minutes; with it,
+    one or two times what it takes to read the JSON."""
     body = COSTLY[name]().encode()
     started = time.process_time()
+    json.loads(body)
+    read = time.process_time()
     with pytest.raises(ApiError):
         read_infer(body, TEXTS)
-    assert time.process_time() - started < 2.0
+    assert time.process_time() - read < 12 * (read - started)

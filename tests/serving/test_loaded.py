@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from served_models import LABELS, png, publish_image_model, publish_text_model
 
+from orchestrator.data.images import ImageEncoder
 from orchestrator.errors import IntegrityError
 from orchestrator.recipe_serving import Serving
+from orchestrator.serving.contract import ExplainRequest
+from orchestrator.serving.explain import ExplanationRefused
 from orchestrator.serving.loaded import LoadedModel, described
 from orchestrator.serving.memory import give_back, measured, resident_bytes
 from orchestrator.serving.served import Served
@@ -43,7 +49,7 @@ def test_what_is_made_is_measured_and_what_is_let_go_of_is_given_back() -> None:
 
 
 @linux
-@pytest.mark.parametrize("cycles", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cycles", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_memory_stays_within_the_budget_over_many_loads(models: list[Served], cycles: int) -> None:
     """Three models of 45 MB where two have room, each answering before the next one comes."""
     compute, files = ThreadPoolExecutor(1), folder_bytes(Storage(models[0].storage).path(models[0].location))
@@ -88,3 +94,43 @@ def test_a_model_without_readable_labels_is_an_error_that_names_it(models: list[
     nowhere = Served("gone", 1, models[0].storage, "models/gone/1", Serving())
     with pytest.raises(IntegrityError, match=r"models/gone/1 cannot be read"):
         described(nowhere)
+
+
+def test_who_hangs_up_does_not_make_room_for_another_explanation(
+    models: list[Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        begun.set()
+        go_on.wait(60.0)
+        raise ExplanationRefused("it was only a test", "")
+
+    monkeypatch.setattr("orchestrator.serving.explain.explain", slow)
+    thread = ThreadPoolExecutor(1)
+    model = LoadedModel(models[0], thread=thread)
+    assert model.batcher.thread is thread
+
+    async def ask() -> tuple[bool, bool, tuple[str, str] | None]:
+        first = asyncio.create_task(model.explain(png(0), ExplainRequest(instance="")))
+        await asyncio.to_thread(begun.wait, 60.0)
+        first.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await first
+        while_it_computes = await model.explain(png(1), ExplainRequest(instance=""))
+        go_on.set()
+        await asyncio.wrap_future(thread.submit(lambda: None))  # after it
+        afterwards = await model.explain(png(1), ExplainRequest(instance=""))
+        return while_it_computes.busy, afterwards.busy, afterwards.refused
+
+    assert asyncio.run(ask()) == (True, False, ("it was only a test", ""))
+
+
+def test_images_are_decoded_by_as_many_threads_as_compute(models: list[Served]) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        encoder = LoadedModel(models[0]).predictor.model.encoder
+    finally:
+        torch.set_num_threads(before)
+    assert isinstance(encoder, ImageEncoder) and encoder._threads._max_workers == 3

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,27 @@ def test_lines_of_many_threads_stay_whole() -> None:
         thread.join()
     stop(outlet)
     assert len({line["request_id"] for line in lines_of(stream)}) == 1_000 and outlet.dropped == 0
+
+
+def test_a_line_that_a_full_disk_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "endpoint.log"
+    outlet = configure("INFO", file)
+    put, left = FileIO.write, [20]
+
+    class Full(FileIO):
+        def write(self, content: Any) -> int:
+            if not left[0]:
+                raise OSError(28, "No space left on device")
+            taken, left[0] = put(self, bytes(content)[: left[0]]), 0
+            return taken
+
+    outlet.stream = Full(file, "a")
+    log_request(request_line(**KNOWN))
+    while not outlet.dropped:
+        time.sleep(0.01)
+    left[0] = 1_000_000
+    log_request(request_line(**KNOWN | {"request_id": "r-2"}))
+    stop(outlet)
+    cut, whole, told = file.read_text().splitlines()
+    assert len(cut) == 20 and json.loads(whole)["request_id"] == "r-2"
+    assert json.loads(told)["message"] == "1 log lines were dropped so far"

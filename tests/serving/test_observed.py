@@ -13,7 +13,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from test_gateway import LIMITS, Client, Fake
+from test_gateway import Client, Fake
 
 from orchestrator.serving import logs
 from orchestrator.serving.access import Keys, create_key
@@ -30,10 +30,6 @@ class Observed(Client):
 
     def __init__(self, root: Path) -> None:
         self.fake, self.stream, self.exporter = Fake(Storage(str(root))), io.StringIO(), InMemorySpanExporter()
-        patient = LIMITS.model_copy(
-            update={"request_timeout_s": 10.0}
-        )  # nothing hangs here, and the machine may be busy
-        self.fake.infos = {name: info.model_copy(update={"limits": patient}) for name, info in self.fake.infos.items()}
         self.tracer, self.metrics = OpenTelemetry(self.exporter), Metrics()
         self.outlet = logs.configure("INFO", self.stream)
         super().__init__(self.fake, metrics=self.metrics, tracer=self.tracer, is_logged=True)

@@ -78,7 +78,7 @@ def check(case: Case) -> None:
     case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
 
-quiet = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+quiet = settings(database=None, suppress_health_check=list(HealthCheck))
 
 
 @api.parametrize()

@@ -20,9 +20,9 @@ from orchestrator.recipe_serving import Recording
 from orchestrator.serving import prediction_files
 from orchestrator.serving.contract import Answers, Input
 from orchestrator.serving.feedback import append_feedback
-from orchestrator.serving.prediction_files import SCHEMA, forget, labels_of
+from orchestrator.serving.prediction_files import SCHEMA, forget, labels_of, note_days, noted_days
 from orchestrator.serving.recorded import read_predictions, with_feedback
-from orchestrator.serving.recording import Recorder, Recorders
+from orchestrator.serving.recording import Recorder, Recorders, _tidy
 from orchestrator.storage import Storage, feedback_location
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -146,13 +146,12 @@ def test_failures_are_recorded_with_their_reason(local: Storage) -> None:
     assert len(files_of(Path(local.url))) == 1, "they need no file of their own"
 
 
-def test_the_share_is_decided_by_the_request_id(local: Storage) -> None:
-    first, other_process, none = (Recorder(local, "reviews", share=share) for share in (0.25, 0.25, 0.0))
-    kept = [bool(keep(first, f"r-{number}", "a")) for number in range(2_000)]
-    assert kept == [bool(keep(other_process, f"r-{number}", "b", "c")) for number in range(2_000)], "retries agree"
-    assert 400 < sum(kept) < 600
-    assert not any(keep(none, f"r-{number}", "a") for number in range(100))
-    assert (first.dropped, none.dropped) == (0, 0), "what is not sampled is not dropped"
+def test_the_share_is_decided_by_chance_alone(local: Storage) -> None:
+    recorder = Recorder(local, "reviews", share=0.25)
+    chances = [number / 100 for number in range(100)]
+    assert sum(keep(recorder, "r-1", "a", chance=chance) for chance in chances) == 25
+    assert [keep(recorder, f"r-{number}", "b", "c", chance=0.24) for number in range(9)] == [2] * 9
+    assert recorder.dropped == 0, "what is not sampled is not dropped"
 
 
 def test_ten_thousand_rows_make_one_file(local: Storage) -> None:
@@ -180,12 +179,16 @@ def test_a_few_rows_are_written_after_a_while(local: Storage, clock: Clock) -> N
     assert recorder.due()
 
 
-def test_what_does_not_fit_in_memory_is_dropped_and_counted(local: Storage) -> None:
+def test_what_does_not_fit_in_memory_is_dropped_counted_and_told(
+    local: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
     recorder = Recorder(local, "reviews", keep_inputs=True, max_bytes=100_000)
     assert keep(recorder, "long", "x" * 200_000) == 0
     kept = sum(keep(recorder, f"r-{number}", "x" * 10_000) for number in range(50))
     assert 5 <= kept < 10 and recorder.dropped == 51 - kept
     assert recorder.held_bytes <= 100_000
+    (told,) = caplog.records
+    assert "more answers of reviews wait than fit in memory (1 dropped so far)" in told.message and not told.exc_info
     assert recorder.flush() == kept == len(read_predictions(local, "reviews"))
     assert keep(recorder, "r-51", "there is room again") == 1
 
@@ -292,6 +295,17 @@ def test_feedback_is_joined_by_request_and_index(storage: Storage, clock: Clock)
     assert labels_of(table) == ["bad", "good"]
 
 
+def test_what_is_said_of_an_id_that_several_requests_have_is_said_of_the_newest(local: Storage, clock: Clock) -> None:
+    recorder = Recorder(local, "reviews", clock=clock)
+    for text in ("first", "second"):
+        keep(recorder, "1", text)
+        clock.pass_by(60.0)
+    keep(recorder, "1", "second", answers=answers("bad", arm="shadow"))
+    recorder.flush()
+    append_feedback(local, "reviews", {"time": "2026-03-01T13:00:00", "request_id": "1", "label": "bad", "index": 0})
+    assert column(with_feedback(local, "reviews"), "told_label") == [None, "bad", "bad"]
+
+
 def test_damaged_feedback_is_left_out(local: Storage, caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder(local, "reviews")
     keep(recorder, "r-1", "a")
@@ -352,6 +366,8 @@ def test_days_are_forgotten(storage: Storage, clock: Clock) -> None:
             recorder = Recorder(storage, name, clock=clock)
             keep(recorder, f"r-{days}", "a")
             recorder.flush()
+    for stranger in ("date=2026-02-30", "date=yesterday"):
+        storage.write_json(f"serve/predictions/reviews/{stranger}/note.json", {})
     assert (forget(storage, "reviews", date(2026, 3, 3)), forget(storage, "reviews", date(2026, 3, 3))) == (2, 0)
     assert column(read_predictions(storage, "reviews"), "request_id") == ["r-2"]
     assert len(read_predictions(storage, "digits")) == 3
@@ -383,3 +399,40 @@ def test_what_has_to_be_removed_and_cannot_stops_nothing(
     monkeypatch.setattr("orchestrator.serving.recording.forget", refusing(PermissionError(errno.EACCES, "no")))
     recorders.write_due()
     assert "cannot remove old answers of reviews" in caplog.text and recorder.written == 0
+
+
+def test_old_answers_of_a_model_that_is_recorded_no_more_are_forgotten_too(storage: Storage, clock: Clock) -> None:
+    gone = Recorder(storage, "gone", clock=clock)
+    keep(gone, "long ago", "a")
+    gone.flush()
+    note_days(storage, "gone", 30)
+    kept = Recorder(storage, "nobody-said", clock=clock)
+    keep(kept, "long ago", "a")
+    kept.flush()
+    _tidy(storage)
+    assert storage.children("serve/predictions/gone") == []
+    assert storage.children("serve/predictions/nobody-said") == ["date=2026-03-01"]
+
+
+def test_an_endpoint_notes_how_long_answers_are_kept(local: Storage) -> None:
+    recorders = Recorders()
+    keep(recorders.of(local.url, "reviews", Recording(keep_days=7)), "r-1", "a")
+    recorders.write_all()
+    assert noted_days(local, "reviews") == 7
+    old = Recorder(local, "gone", clock=Clock())
+    keep(old, "long ago", "a")
+    old.flush()
+    note_days(local, "gone", 30)
+    Recorders().write_due([local.url])
+    assert local.children("serve/predictions/gone") == []
+
+
+def test_what_was_written_and_lost_is_news_once(local: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorders = Recorders()
+    recorder = recorders.of(local.url, "reviews", Recording())
+    keep(recorder, "r-1", "a", "b")
+    assert list(recorders.news()) == [("reviews", 0, 0)], "it is not written yet"
+    recorders.write_all()
+    keep(recorder, "r-2", "a", answers=Answers(version="3", outputs=[{"label": 3}]))
+    assert list(recorders.news()) == [("reviews", 2, 1)]
+    assert list(recorders.news()) == [("reviews", 0, 0)]

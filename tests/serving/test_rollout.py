@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.recipe_serving import Rollout
 from orchestrator.serving.rollout import (
     BOUNDS_MS,
     Arm,
@@ -27,8 +29,8 @@ COUNTS = st.integers(0, 10**6)
 ALPHAS = st.floats(1e-6, 0.5)
 
 
-def policy(mode: Mode = "canary", **changes: object) -> Policy:
-    return Policy(**({"mode": mode, "share": 0.1, "latency_budget_ms": 50.0} | changes))  # type: ignore[arg-type]
+def policy(mode: Mode = "canary", share: float = 0.1, **terms: Any) -> Policy:
+    return Policy(mode, share, 50.0, Rollout(**{"min_agreement": 0.9} | terms))
 
 
 def arm(requests: int = 0, errors: int = 0, slow: int = 0, **counts: int) -> Arm:

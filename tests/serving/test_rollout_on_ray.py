@@ -13,13 +13,13 @@ import pytest
 import torch
 from ports import free_port
 from served_models import publish_text_model
-from test_serving_on_ray import Load, ask
+from test_serving_on_ray import TEXTS, Load, ask, offline
 
 from orchestrator.errors import ServingFailed
 from orchestrator.models.checkpoint import load_model, save_model
 from orchestrator.recipe_serving import Rollout, Serving
 from orchestrator.serve import change_models
-from orchestrator.serving.plans import read_end, read_plan
+from orchestrator.serving.plans import Plan, read_end, read_plan, write_end
 from orchestrator.serving.served import Served
 from orchestrator.storage import Storage, rollouts_log, version_location
 
@@ -37,35 +37,44 @@ def settings() -> Serving:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Storage:
-    """Versions 1 and 2 are sound; what 3 answers is no number."""
+    """Versions 1 and 2 are sound; what 3 answers is no number, and what 4 answers the opposite of 1."""
     storage = Storage(str(tmp_path_factory.mktemp("rollouts")))
     for version in (1, 2):
         publish_text_model(storage, "reviews", version, tiny_backbone)
-    model = load_model(storage.path(version_location("reviews", 2)))
-    with torch.no_grad():
-        for weights in model.network.parameters():
-            weights.fill_(float("nan"))
-    with storage.publish(version_location("reviews", 3)) as folder:
-        save_model(folder, model.network, model.encoder, LABELS, model.task)
+    for version, source in ((3, 2), (4, 1)):
+        model = load_model(storage.path(version_location("reviews", source)))
+        with torch.no_grad():
+            for weights in list(model.network.parameters())[0 if version == 3 else -2 :]:
+                weights.mul_(float("nan") if version == 3 else -1.0)
+        with storage.publish(version_location("reviews", version)) as folder:
+            save_model(folder, model.network, model.encoder, LABELS, model.task)
     return storage
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_session: object, settings: Serving, storage: Storage) -> Iterator[str]:
-    from orchestrator.serving.on_ray import deploy, shutdown
+def serving(ray_session: object) -> Iterator[None]:
+    from orchestrator.serving.on_ray import shutdown
 
-    yield deploy(served(storage, settings, 1))
+    yield
     shutdown()
+
+
+@pytest.fixture
+def endpoint(serving: None, settings: Serving, storage: Storage) -> str:
+    """Where version 1 answers alone."""
+    from orchestrator.serving.on_ray import deploy
+
+    return deploy(served(storage, settings, 1))
 
 
 def served(storage: Storage, settings: Serving, version: int) -> Served:
     return Served("reviews", version, storage.url, version_location("reviews", version), settings)
 
 
-def roll_out(storage: Storage, settings: Serving, version: int, mode: Any, share: float) -> None:
+def roll_out(storage: Storage, settings: Serving, version: int, mode: Any, share: float) -> Plan:
     from orchestrator.serving.on_ray import roll_out
 
-    roll_out(served(storage, settings, version), mode, share)
+    return roll_out(served(storage, settings, version), mode, share)
 
 
 def until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -122,7 +131,6 @@ def test_a_canary_answers_its_share_and_is_promoted_by_hand(endpoint: str, stora
     assert applications() == {"gateway", "model-reviews"}
     plan = read_plan(storage, "reviews")
     assert plan is not None and getattr(read_end(storage, plan), "kind", None) == "promote"
-    deploy(served(storage, settings, 1))
 
 
 def infer(text: str) -> dict[str, Any]:
@@ -167,11 +175,48 @@ def test_a_person_takes_a_shadow_back(endpoint: str, storage: Storage, settings:
         until(lambda: ask(f"{endpoint}/v1/models/reviews/rollout")[1].get("agreement", {}).get("trials", 0) > 10)
         _, text = change_models(storage.url, None, ["rollback", "reviews"], "champion")
         until(lambda: applications() == {"gateway", "model-reviews"})
-    assert text == "version 2 of reviews is taken back; version 1 answers all"
+    assert text == "version 2 of reviews is taken back: an endpoint that runs asks version 1 alone within seconds"
     assert crowd.failed() == [] and set(crowd.versions()) == {"1"}
 
 
-@pytest.mark.parametrize(("version", "told"), [(1, "version 1 itself of reviews answers here")])
+def test_the_way_back_from_a_promoted_version(endpoint: str, storage: Storage, settings: Serving) -> None:
+    """It answers everybody, and does not answer for the version that is served again."""
+    from orchestrator.serving.on_ray import deploy
+
+    labels = {number: [max(zip(row, LABELS, strict=True))[1] for row in offline(storage, "reviews", number, TEXTS)]
+              for number in (1, 4)}  # fmt: skip
+    known = [{"input": text, "scores": {each: float(each == label) for each in LABELS}}
+             for text, label, other in zip(TEXTS, *labels.values(), strict=True) if label != other]  # fmt: skip
+    assert len(known) >= 5, "the versions differ"
+    with Crowd(f"{endpoint}/v1/models/reviews:predict") as crowd:
+        plan = roll_out(storage, settings, 4, "canary", 0.1)
+        write_end(storage, plan, "promote", "by hand")
+        until(lambda: crowd.versions()[-10:] == ["4"] * 10)
+        with pytest.raises(ServingFailed, match="version 4 of reviews was promoted and answers everybody"):
+            roll_out(storage, settings, 3, "canary", 0.1)
+        deploy(served(storage, settings, 1), known=known)
+        until(lambda: crowd.versions()[-10:] == ["1"] * 10)
+    assert crowd.failed() == []
+    assert applications() == {"gateway", "model-reviews"}
+
+
+def test_commands_for_one_model_take_turns(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.serving import applications_on_ray
+    from orchestrator.serving.applications_on_ray import one_at_a_time
+
+    monkeypatch.setattr(applications_on_ray, "_TURN_S", 0.3)
+    with one_at_a_time("model-reviews"):
+        told = pytest.raises(ServingFailed, match="another command is changing model-reviews")
+        with told, one_at_a_time("model-reviews"):
+            raise AssertionError("two at a time")
+        with one_at_a_time("model-shapes"):
+            pass
+    monkeypatch.undo()
+    with one_at_a_time("model-reviews"):
+        pass
+
+
+@pytest.mark.parametrize(("version", "told"), [(1, "version 1 of reviews already answers")])
 def test_what_cannot_be_rolled_out(endpoint: str, storage: Storage, settings: Serving, version: int, told: str) -> None:
     with pytest.raises(ServingFailed, match=told):
         roll_out(storage, settings, version, "canary", 0.5)

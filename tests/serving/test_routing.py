@@ -1,64 +1,84 @@
-"""Which replica gets a request, with replicas that are only names."""
+"""Which replica gets a request: Serve's own router with replicas that are only names."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+from ray.serve._private.request_router.common import PendingRequest
 
 from orchestrator.serving.routing_on_ray import ROUTING, FewestUnderWay
 
-REPLICAS = [SimpleNamespace(replica_id=name) for name in ("a", "b", "c")]
+NAMES = ("a", "b", "c", "d", "e")
 
 
-@pytest.fixture
-def router(monkeypatch: pytest.MonkeyPatch) -> FewestUnderWay:
-    """Without Serve around it: what it inherits draws all replicas and counts nothing."""
+def replica(name: str) -> Any:
+    async def queue_length(*, deadline_s: float) -> int:
+        return 0
 
-    async def draw(self: Any, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
-        return [list(candidate_replicas)]
-
-    monkeypatch.setattr(PowerOfTwoChoicesRequestRouter, "choose_replicas", draw)
-    for name in ("on_send_request", "on_request_completed", "on_replica_actor_died"):
-        monkeypatch.setattr(PowerOfTwoChoicesRequestRouter, name, lambda *_: None)
-    router = FewestUnderWay.__new__(FewestUnderWay)
-    router.initialize_state()
-    return router
+    return SimpleNamespace(replica_id=name, node_id="", availability_zone=None, max_ongoing_requests=5,
+                           multiplexed_model_ids=(), get_queue_len=queue_length)  # fmt: skip
 
 
-def order(router: FewestUnderWay, model: str = "") -> list[list[str]]:
-    asked = SimpleNamespace(metadata=SimpleNamespace(multiplexed_model_id=model))
-    ranks = asyncio.run(router.choose_replicas(REPLICAS, asked))
-    return [[replica.replica_id for replica in rank] for rank in ranks]
+def order(prepare: Callable[[FewestUnderWay], object] = lambda router: None) -> list[str]:
+    """Of the replicas, after what ``prepare`` did; each must be asked alone."""
+
+    async def scenario() -> list[str]:
+        model = DeploymentID(name="Model", app_name="model-reviews")
+        router = FewestUnderWay(deployment_id=model, handle_source=DeploymentHandleSource.REPLICA)
+        router.initialize_state()
+        router.update_replicas([replica(name) for name in NAMES])
+        prepare(router)
+        asked = PendingRequest([], {}, SimpleNamespace(multiplexed_model_id=""))
+        ranks = await router.choose_replicas(router._replicas_list, asked)
+        assert asked.routing_context.should_backoff, "or Serve asks busy ones without a pause"
+        return [one.replica_id for (one,) in ranks]
+
+    return asyncio.run(scenario())
 
 
-def test_who_has_fewest_is_asked_first(router: FewestUnderWay) -> None:
-    for name in ("a", "a", "b"):
-        router.on_send_request(name)
-    assert order(router) == [["c"], ["b"], ["a"]]
-    router.on_request_completed("a", "1")
-    router.on_request_completed("a", "2")
-    assert order(router) == [["a"], ["c"], ["b"]]
+def busy(router: FewestUnderWay, counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        for _ in range(count):
+            router.on_send_request(name)
 
 
-def test_a_count_never_falls_below_nothing(router: FewestUnderWay) -> None:
-    router.on_request_completed("a", "1")
-    router.on_send_request("a")
-    assert order(router)[-1] == ["a"]
+def test_of_many_the_idle_one_is_always_asked_first() -> None:
+    for idle in NAMES * 4:
+        under_way = {name: number for number, name in enumerate(NAMES, start=1)} | {idle: 0}
+        assert order(lambda router, counts=under_way: busy(router, counts)) == sorted(NAMES, key=under_way.__getitem__)
 
 
-def test_who_died_is_forgotten(router: FewestUnderWay) -> None:
-    router.on_send_request("a")
-    router.on_replica_actor_died("a")
-    assert order(router) == [["a"], ["b"], ["c"]]
+def test_between_equals_chance_decides() -> None:
+    assert len({order()[0] for _ in range(60)}) > 1
 
 
-def test_a_model_on_the_shelf_stays_with_the_replicas_that_hold_it(router: FewestUnderWay) -> None:
-    router.on_send_request("a")
-    assert order(router, model="reviews") == [["a", "b", "c"]]
+def test_an_answer_makes_room() -> None:
+    def prepare(router: FewestUnderWay) -> None:
+        busy(router, dict.fromkeys(NAMES, 2))
+        router.on_request_completed("d", "1")
+
+    assert order(prepare)[0] == "d"
+
+
+def test_a_count_never_falls_below_nothing() -> None:
+    def prepare(router: FewestUnderWay) -> None:
+        router.on_request_completed("a", "1")
+        router.on_send_request("a")
+
+    assert order(prepare)[-1] == "a"
+
+
+def test_who_died_is_asked_no_more_and_forgotten() -> None:
+    def prepare(router: FewestUnderWay) -> None:
+        router.on_send_request("a")
+        router.on_replica_actor_died("a")
+        assert router.under_way["a"] == 0
+
+    assert sorted(order(prepare)) == ["b", "c", "d", "e"]
 
 
 def test_serve_finds_the_class_by_its_name() -> None:

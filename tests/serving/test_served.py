@@ -58,7 +58,7 @@ def test_a_misspelt_argument_is_refused(root: Path) -> None:
 
 
 def test_what_is_served_survives_a_config_file(root: Path) -> None:
-    settings = {"shared": True, "shelf": {"bytes": 5_000_000}, "tls": {"certificate": "c", "key": "k"}}
+    settings = {"shared": True, "shelf": {"bytes": 5_000_000}, "tls": {"certificate": "/c", "key": "/k"}}
     served = ModelArguments.model_validate({"name": "reviews", "storage": str(root), "serving": settings}).resolve()
     assert from_values(json.loads(json.dumps(to_values(served)))) == served
     assert served.key == "reviews@1"

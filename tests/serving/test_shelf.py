@@ -261,7 +261,7 @@ def test_where_a_model_is_asked_best_is_told_before_it_is_loaded() -> None:
     run(work())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     models=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 20), st.booleans()), min_size=2, max_size=6),
     budget=st.integers(20, 60),

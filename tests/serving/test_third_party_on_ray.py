@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from browser import CHROMIUM, browser
+from ports import free_port
 from served_models import LABELS, png, publish_image_model, publish_text_model
 from tritonclient.utils import InferenceServerException
 
@@ -41,9 +41,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> St
 def endpoint(ray_session: object, storage: Storage) -> Iterator[str]:
     from orchestrator.serving.on_ray import deploy, shutdown
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     for name, keys in (("reviews", False), ("shapes", True)):
         settings = Serving(port=port, max_replicas=1, cpus_per_replica=0.5, precision="fp32", keys=keys)
         url = deploy(Served(name, 1, storage.url, version_location(name, 1), settings))
@@ -56,8 +54,9 @@ def key(endpoint: str, storage: Storage) -> str:
     """Of a client that may ask, once the endpoint knows it."""
     text = create_key(storage, "shop", ("predict",))[1]
     with Client(endpoint, text) as client:
-        end = time.monotonic() + 20
-        while "shapes" not in [model.name for model in client.models()] and time.monotonic() < end:
+        end = time.monotonic() + 60
+        while "shapes" not in [model.name for model in client.models()]:
+            assert time.monotonic() < end, "the endpoint does not come to know the key"
             time.sleep(0.2)
     return text
 

@@ -23,7 +23,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from orchestrator.errors import ServingFailed, UserError
 from orchestrator.serving import traces
 from orchestrator.serving.contract import ApiError
-from orchestrator.serving.traces import PREDICT, READ, OpenTelemetry, tracer
+from orchestrator.serving.traces import PREDICT, READ, NoTracer, OpenTelemetry, tracer
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 HEADER = f"00-{TRACE}-{PARENT}-01"
@@ -52,7 +52,8 @@ def trace_of(span: ReadableSpan) -> str:
 
 
 def test_a_request_and_its_phases_belong_to_the_clients_trace(traced: Traced) -> None:
-    with traced.tracer.span("predict", HEADER, {"model": "reviews"}) as span:
+    with traced.tracer.span("predict", HEADER) as span:
+        span.set("model", "reviews")
         for phase in (READ, PREDICT):
             with traced.tracer.span(phase) as inner:
                 inner.set("instances", 3)
@@ -139,7 +140,8 @@ def test_an_error_is_told_by_its_code_and_never_by_its_words(
 
 
 def test_an_answer_from_500_on_is_a_failure_and_values_are_bounded(traced: Traced) -> None:
-    with traced.tracer.span("predict", None, {"route": "x" * 1_000}) as span:
+    with traced.tracer.span("predict") as span:
+        span.set("route", "x" * 1_000)
         span.set("http.response.status_code", 503)
     span_ = traced.spans()["predict"]
     assert span_.status.status_code == StatusCode.ERROR
@@ -168,8 +170,8 @@ def test_a_collector_that_fails_costs_nothing(caplog: pytest.LogCaptureFixture) 
 
 
 def test_nothing_is_traced_without_an_address() -> None:
-    off = tracer(None)
-    with off.span("predict", HEADER, {"model": "reviews"}) as span, off.span(READ):
+    off = NoTracer()
+    with off.span("predict", HEADER) as span, off.span(READ):
         span.set("instances", 3)
         assert not trace.get_current_span().get_span_context().is_valid
     with pytest.raises(ValueError, match="passes"), off.span("predict"):

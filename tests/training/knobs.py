@@ -4,8 +4,10 @@ import itertools
 import multiprocessing
 import os
 import secrets
+import sys
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -83,7 +85,10 @@ def trained_by_two(job: TrainJob, meeting: Path, stop_at: int | None = None, sec
     """The same with two processes that average their gradients. ``meeting``: a file that is not there yet; ``stop_at``:
     how many parts of steps each does before it ends, once there is a checkpoint; ``secret``: of a private run."""
     context = multiprocessing.get_context("forkserver")  # a fork of this process may share a broken lock of its threads
-    context.set_forkserver_preload(["orchestrator.training.worker"])
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server that forks does not hear of this one's path
+        forkserver.ensure_running()
     workers = [context.Process(target=_work, args=(job, rank, meeting, stop_at, secret)) for rank in range(2)]
     for worker in workers:
         worker.start()

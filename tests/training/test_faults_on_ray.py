@@ -53,6 +53,12 @@ def assert_soon_going_on(folder: Path, fault: At, found_after_s: float = 0.0) ->
     assert fault.fired_at_step - 2 * CHECKPOINT_STEPS <= after[0]["step"] <= fault.fired_at_step + 50
 
 
+def test_two_workers_learn(ray_job: TrainJob, whole: str) -> None:
+    position, _ = latest_state(Storage(ray_job.recipe.storage), ray_job.run)
+    assert (position.finished, position.step) == (True, STEPS)
+    assert position.best_value > 0.85, "the words give the label away in 97 of 100 rows"
+
+
 @pytest.mark.parametrize(
     "leads", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["the one that writes", "another"]
 )
@@ -71,16 +77,16 @@ def test_a_worker_killed_at_any_step_is_started_again_and_ends_with_the_same_wei
     assert latest_state(Storage(ray_job.recipe.storage), mine.run)[0].resumed == 1
 
 
-def test_a_worker_that_stands_still_is_named_and_replaced(ray_job: TrainJob, whole: str, ray_session: Session) -> None:
-    recipe = with_training(ray_job.recipe, hang_timeout_s=4.0)
+def test_a_worker_that_stands_still_is_named_and_replaced(ray_job: TrainJob, ray_session: Session) -> None:
+    recipe = with_training(ray_job.recipe, workers=1, hang_timeout_s=4.0)
     mine = dataclasses.replace(ray_job, recipe=recipe, run="train/hung")
     events: list[Event] = []
-    fault = At(folder_of(mine), some_step(), lambda: signal_worker(signal.SIGSTOP, leads=False))
-    weights, failed = train(mine, ray_session, events.append)
+    fault = At(folder_of(mine), some_step(), lambda: signal_worker(signal.SIGSTOP, leads=True))
+    _, failed = train(mine, ray_session, events.append)
     assert fault.result and not Path(f"/proc/{fault.result}").exists(), "it was stopped, and then ended"
     (told,) = [event.message for event in events if "going on" in event.message]
-    assert told.startswith("worker 1 gave no sign of life for 4 s (training.hang_timeout_s), last at "), told
-    assert (weights, failed) == (whole, 1)
+    assert told.startswith("worker 0 gave no sign of life for 4 s (training.hang_timeout_s), last at "), told
+    assert failed == 1
     assert_soon_going_on(folder_of(mine), fault, found_after_s=4.0)
     assert_no_step_is_missing_or_twice(folder_of(mine))
 
@@ -90,7 +96,9 @@ def test_a_loss_that_overflows_goes_back_and_on_with_a_lower_learning_rate(
 ) -> None:
     """Decay times rate is above two, so each step makes the weights larger; with half the rate it is below. Whether the
     last checkpoint's weights are too large already is the processor's roundings to say."""
-    recipe = with_training(ray_job.recipe, learning_rate=3.9, weight_decay=1.0, max_grad_norm=None, max_failures=0)
+    recipe = with_training(
+        ray_job.recipe, workers=1, learning_rate=3.9, weight_decay=1.0, max_grad_norm=None, max_failures=0
+    )
     mine = dataclasses.replace(ray_job, recipe=recipe, run="train/overflow")
     events: list[Event] = []
     _, failed = train(mine, ray_session, events.append)
@@ -116,9 +124,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(
-    reviews_csv: Path, tiny_backbone: Path, small_disk: Path, whole: str, ray_session: Session
+    reviews_csv: Path, tiny_backbone: Path, small_disk: Path, ray_session: Session
 ) -> None:
-    job = prepared_job(reviews_csv, tiny_backbone, small_disk)
+    job = prepared_job(reviews_csv, tiny_backbone, small_disk, "workers: 1")
     ballast, events, full = small_disk / "ballast", list[Event](), list[int]()
 
     def fill() -> None:
@@ -137,9 +145,9 @@ def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(
             ballast.unlink()
 
     At(folder_of(job), some_step(), fill)
-    weights, failed = train(job, ray_session, report)
+    _, failed = train(job, ray_session, report)
     assert full == [28], "the disk was full"
     (told,) = [event.message for event in events if "no room" in event.message]
     assert "what was written before is intact; going on when there is room" in told and "\n" not in told
-    assert (weights, failed) == (whole, 1)
+    assert failed == 1
     assert_no_step_is_missing_or_twice(folder_of(job))

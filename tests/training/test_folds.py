@@ -36,7 +36,7 @@ def counts(labels: np.ndarray, fold_of_row: np.ndarray, folds: int) -> np.ndarra
     return table
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(2, 20), st.lists(st.integers(0, 6), min_size=20, max_size=300), st.integers(0, 2**32 - 1))
 def test_single_rows_are_spread_to_within_one_row_by_class_and_in_all(folds: int, labels: list[int], seed: int) -> None:
     of_row = np.array(labels)
@@ -45,7 +45,7 @@ def test_single_rows_are_spread_to_within_one_row_by_class_and_in_all(folds: int
     assert table.sum() == len(labels) and table.sum(axis=1).min() > 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(2, 8), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=60, max_size=300),
        st.booleans())  # fmt: skip
 def test_no_group_is_torn_apart_and_no_fold_is_empty(folds: int, rows: list[tuple[int, int]], stratified: bool) -> None:

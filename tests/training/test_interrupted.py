@@ -1,4 +1,4 @@
-"""`orchestrator train`, interrupted at any moment in every way and repeated, goes on as if nothing had been."""
+"""`orchestrator train`, killed or interrupted at any moment and repeated, goes on as if nothing had been."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent.parent
 EPOCHS = 15
 STEPS = EPOCHS * 40
-"""Three times as many as are done between two interruptions: workers go on for seconds after their command has died."""
+"""Many more than are done until the second interruption: workers go on for seconds after their command has died."""
 
 
 def start(recipe: Path) -> subprocess.Popen[str]:
@@ -40,9 +40,9 @@ def reached(storage: Path) -> int:
 
 
 def interrupt(recipe: Path, storage: Path, how: signal.Signals) -> tuple[int, str, set[int]]:
-    """Train on, and send the signal to the command some steps later. Returns its exit status, its last words and the
-    processes that it had."""
-    at_step = reached(storage) + random.SystemRandom().randint(10, 20)
+    """Train on, and send the signal to the command when it has passed two more checkpoints, which are written behind the
+    steps that follow. Returns its exit status, its last words and the processes that it had."""
+    at_step = reached(storage) + random.SystemRandom().randint(35, 45)
     process = start(recipe)
     while reached(storage) < at_step:
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -51,13 +51,13 @@ def interrupt(recipe: Path, storage: Path, how: signal.Signals) -> tuple[int, st
     workers = family & set(training_processes())
     assert workers, "it trains"
     process.send_signal(how)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=120)[1]
     assert reached(storage) < STEPS, "the fault fired in the midst of training"
-    wait_for_end(workers, timeout_s=30)
+    wait_for_end(workers, timeout_s=120)
     return process.returncode, said, family
 
 
-def test_training_interrupted_in_every_way_ends_with_the_weights_of_the_run_nobody_touched(
+def test_training_killed_and_interrupted_ends_with_the_weights_of_the_run_nobody_touched(
     reviews_csv: Path, tiny_backbone: Path, tmp_path: Path
 ) -> None:
     recipe, storage, families = tmp_path / "recipe.yaml", tmp_path / "runs", set[int]()
@@ -66,22 +66,17 @@ def test_training_interrupted_in_every_way_ends_with_the_weights_of_the_run_nobo
     whole.write_text(recipe_text(reviews_csv, tiny_backbone, tmp_path / "whole", "workers: 1", EPOCHS))
     untouched = finish(start(whole))
     assert untouched["resumed"] == 0
-    for how, status, word in (
-        (signal.SIGKILL, -9, ""),
-        (signal.SIGTERM, 143, "terminated"),
-        (signal.SIGINT, 130, "interrupted"),
-    ):
+    for how, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):  # SIGTERM: tests/test_stopped.py
         returned, said, family = interrupt(recipe, storage, how)
         families |= family
         assert returned == status, said
-        if word:
-            assert said.splitlines()[-1] == f"error: {word}; the same command goes on from here"
-            assert "Traceback" not in said
+    assert said.splitlines()[-1] == "error: interrupted; the same command goes on from here"
+    assert "Traceback" not in said
     record = finish(start(recipe))
-    assert record["resumed"] == 3
+    assert record["resumed"] == 2
     assert sha256_file(storage / str(record["model_location"]) / "model.safetensors") == sha256_file(
         tmp_path / "whole" / str(untouched["model_location"]) / "model.safetensors"
     )
     (run,) = storage.glob("train/*")
     assert [line["step"] for line in lines_of(run, "train")] == list(range(1, STEPS + 1))
-    wait_for_end(families, timeout_s=60)  # Ray's own agents take their time after a SIGKILL
+    wait_for_end(families, timeout_s=120)  # Ray's own agents take their time after a SIGKILL

@@ -17,19 +17,19 @@ from orchestrator.models.backbones import EnsembleNetwork
 from orchestrator.models.checkpoint import load_model
 from orchestrator.pipeline import Pipeline
 from orchestrator.progress import Event
-from orchestrator.recipe import Recipe, Training
+from orchestrator.recipe import Recipe
 from orchestrator.recipe_file import parse_recipe
 from orchestrator.records import ModelRecord, VersionRecord
 from orchestrator.serving.predictor import Predictor
-from orchestrator.session import Resources, Session
+from orchestrator.session import Session
 from orchestrator.storage import METRICS, Storage, sha256_file
 from orchestrator.training.state import latest_state
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 8 * 27
+STEPS = 6 * 27
 """Of each fold: epochs of 240 or 241 rows in batches of 9."""
-FOLDS = "epochs: 8, batch_size: 9, learning_rate: 2.0e-3, checkpoint_every_steps: 15, folds: 3, ensemble: folds"
+FOLDS = "epochs: 6, batch_size: 9, learning_rate: 2.0e-3, checkpoint_every_steps: 15, folds: 3, ensemble: folds"
 
 
 def recipe_text(reviews: Path, backbone: Path, storage: Path, training: str) -> str:
@@ -83,6 +83,7 @@ def test_the_folds_validate_every_row_once_and_become_one_model(untouched: tuple
     assert record.steps == 3 * STEPS and record.workers == 1
 
 
+@pytest.mark.slow
 def test_a_fold_whose_worker_is_killed_goes_on_and_all_members_have_the_same_weights(
     untouched: tuple[list[str], ModelRecord],
     reviews_csv: Path,
@@ -139,7 +140,7 @@ def test_ctrl_c_ends_all_runs_and_the_same_command_does_only_what_is_missing(
         time.sleep(0.01)
     mine = [pid for pid in training_processes() if first.pid in ancestors_of(pid)]
     first.send_signal(signal.SIGINT)
-    _, said = first.communicate(timeout=60)
+    _, said = first.communicate(timeout=120)
     assert (first.returncode, said.splitlines()[-1]) == (130, "error: interrupted; the same command goes on from here")
     assert "Traceback" not in said
     assert mine and wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in mine)), "no worker is left"
@@ -163,7 +164,7 @@ def ancestors_of(pid: int) -> list[int]:
         return []
 
 
-def wait_until(fact: object, patience_s: float = 20.0) -> bool:
+def wait_until(fact: object, patience_s: float = 60.0) -> bool:
     ends = time.monotonic() + patience_s
     while not fact():  # type: ignore[operator]
         if time.monotonic() > ends:
@@ -175,7 +176,7 @@ def wait_until(fact: object, patience_s: float = 20.0) -> bool:
 def test_an_ensemble_goes_the_whole_path_as_one_model(
     reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
 ) -> None:
-    training = "epochs: 6, batch_size: 8, learning_rate: 2.0e-3, ensemble: 3"
+    training = "epochs: 3, batch_size: 8, learning_rate: 2.0e-3, ensemble: 2"
     recipe = parse_recipe(recipe_text(reviews_csv, tiny_backbone, tmp_path, training))
     pipeline = pipeline_of(recipe, ray_session)
     dataset = pipeline.prepare()
@@ -184,7 +185,7 @@ def test_an_ensemble_goes_the_whole_path_as_one_model(
     assert model.best_value == model.ensemble.validation["macro_f1"]  # type: ignore[index]
     assert 0.0 <= model.ensemble.disagreement.labels < 0.5
     assert 0.0 < model.ensemble.disagreement.mutual_information < model.ensemble.disagreement.predictive_entropy
-    assert model.steps == 6 * 40 * 3
+    assert model.steps == 3 * 40 * 2
 
     evaluation = pipeline.evaluate(model, dataset)
     assert evaluation.metrics["accuracy"].value > 0.8
@@ -199,12 +200,13 @@ def test_an_ensemble_goes_the_whole_path_as_one_model(
     told = predictor.predict(["a great fresh tasty cup", "stale awful burnt coffee"])
     labels = [predictor.answer(prediction)["label"] for prediction in told]
     assert labels == ["good", "bad"]
-    alone = [load_model(folder / "members" / str(i)) for i in range(3)]
+    alone = [load_model(folder / "members" / str(i)) for i in range(2)]
     first = [Predictor(member).predict(["a great fresh tasty cup"])[0].probabilities or [] for member in alone]
-    assert told[0].probabilities == pytest.approx([sum(column) / 3 for column in zip(*first, strict=True)], abs=1e-6)
-    assert len({tuple(values) for values in first}) == 3, "each member from a seed of its own"
+    assert told[0].probabilities == pytest.approx([sum(column) / 2 for column in zip(*first, strict=True)], abs=1e-6)
+    assert len({tuple(values) for values in first}) == 2, "each member from a seed of its own"
 
 
+@pytest.mark.slow
 def test_the_error_of_one_run_is_the_error_and_the_runs_under_way_are_finished(
     reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
 ) -> None:
@@ -225,24 +227,3 @@ def test_the_error_of_one_run_is_the_error_and_the_runs_under_way_are_finished(
     (folder,) = (tmp_path / "train").glob("r-*")
     assert (folder / "members" / "0" / "record.json").exists()
     assert not (folder / "members" / "3").exists(), "no other was started"
-
-
-@pytest.mark.parametrize(
-    ("training", "resources", "runs", "expected"),
-    [
-        (Training(), Resources(1, 2.0, 0.0, 2.0, 2.0), 3, (1, 1.0, 2)),
-        (Training(workers=2), Resources(1, 2.0, 0.0, 2.0, 2.0), 3, (2, 1.0, 1)),
-        (Training(workers=2), Resources(1, 16.0, 0.0, 16.0, 16.0), 3, (2, 2.0, 3)),
-        (Training(), Resources(1, 16.0, 4.0, 16.0, 16.0), 8, (1, 4.0, 4)),
-        (Training(), Resources(4, 32.0, 0.0, 8.0, 30.0), 5, (4, 1.0, 5)),
-        (Training(), Resources(1, 4.0, 0.0, 4.0, 0.0), 5, (1, 1.0, 1)),
-    ],
-)
-def test_no_more_runs_go_on_than_there_is_room_for(
-    training: Training, resources: Resources, runs: int, expected: tuple[int, float, int]
-) -> None:
-    from orchestrator.training.placement import place_runs
-
-    placement, at_once = place_runs(training, resources, runs)
-    assert (placement.workers, placement.cpus_per_worker, at_once) == expected
-    assert at_once == 1 or placement.workers * placement.cpus_per_worker * at_once <= resources.free_cpus

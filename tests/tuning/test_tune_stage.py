@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from studying import Studying, recipe_text
 
-from orchestrator.errors import IntegrityError, RecipeError, ResourceError, TuningFailed
+from orchestrator.errors import IntegrityError, TuningFailed
 from orchestrator.models.checkpoint import load_model
 from orchestrator.session import Session
 from orchestrator.storage import MODEL, RECORD, TENSORBOARD, TRIALS, sha256_file
@@ -42,12 +42,14 @@ def test_the_winner_is_the_model_and_the_others_leave_no_weights(
     again = Studying(text, None)  # without Ray: nothing is left to do
     assert again.tune() == record and "unchanged, taken from before" in again.said
 
-    more = Studying(text.replace("trials: 5", "trials: 7"), ray_session)
-    assert more.tune().trials == 7
+    more = Studying(text.replace("trials: 5", "trials: 10000, time_budget_s: 3"), ray_session)
+    started = time.monotonic()
+    assert 5 < more.tune().trials < 10_000 and time.monotonic() - started < 120, "it goes on until its time is over"
     assert more.trials()[:5] == trials, "those that were there are as they were"
     assert sum("5 are done" in line for line in more.said) == 1
 
 
+@pytest.mark.slow
 def test_the_winners_model_is_made_again_when_it_is_missing_and_refused_when_it_was_changed(
     reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
 ) -> None:
@@ -148,18 +150,30 @@ def test_a_study_of_folds_has_the_mean_as_its_objective(
     assert load_model(study.folder(record.model.model_location)).labels == ("bad", "good")
 
 
-def test_several_objectives_give_a_front_and_constraints_bind_the_winner(
+def test_several_objectives_give_a_front_and_constraints_bind_the_winner_and_the_backbone_can_be_searched(
     reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
 ) -> None:
-    tuning = (
-        "trials: 4, objectives: {maximize: macro_f1, minimize: seconds}, constraints: {latency_ms: {at_most: 10000}}"
+    other = tmp_path / "other-bert"
+    shutil.copytree(tiny_backbone, other)
+    space = (
+        f"model.backbone: [{tiny_backbone}, {other}], model.max_tokens: {{int: [16, 32]}}, "
+        f"training.layer_decay: {{uniform: [0.5, 0.9], when: {{model.backbone: {other}}}}}"
     )
-    study = Studying(recipe_text(reviews_csv, tiny_backbone, tmp_path, tuning), ray_session)
-    record = study.tune()
+    tuning = (
+        f"trials: 4, start: [{{model.backbone: {other}}}], objectives: {{maximize: macro_f1, minimize: seconds}}, "
+        "constraints: {latency_ms: {at_most: 10000}}"
+    )
+    study = Studying(recipe_text(reviews_csv, tiny_backbone, tmp_path, tuning, "", space), ray_session)
+    record, trials = study.tune(), study.trials()
     assert record.objectives == ("macro_f1", "seconds") and record.maximized == (True, False)
     assert record.winner.number in record.pareto and record.winner.metrics["latency_ms"] > 0
     kept = {int(path.parent.name) for path in tmp_path.glob(f"tune/*/{TRIALS}/*/{MODEL}")}
     assert kept == set(record.pareto)
+    assert {t.parameters["model.backbone"] for t in trials} == {str(tiny_backbone), str(other)}
+    assert all(
+        ("training.layer_decay" in t.parameters) == (t.parameters["model.backbone"] == str(other)) for t in trials
+    )
+    assert record.model.backbone == record.winner.parameters["model.backbone"]
 
     none = Studying(recipe_text(reviews_csv, tiny_backbone, tmp_path / "none",
                                 "trials: 2, constraints: {size_mb: {at_most: 0.001}}"), ray_session)  # fmt: skip
@@ -169,50 +183,16 @@ def test_several_objectives_give_a_front_and_constraints_bind_the_winner(
         none.tune()
 
 
-def test_trials_of_two_workers_that_are_stopped_early_have_a_model(
+def test_a_trial_of_two_workers_has_a_model(
     reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
 ) -> None:
-    study = Studying(
-        recipe_text(reviews_csv, tiny_backbone, tmp_path, "trials: 2, scheduler: median", "workers: 2"), ray_session
-    )
+    study = Studying(recipe_text(reviews_csv, tiny_backbone, tmp_path, "trials: 1", "workers: 2"), ray_session)
     record = study.tune()
     assert record.model.workers == 2 and any("2 workers each" in line for line in study.said)
     assert load_model(study.folder(record.model.model_location)).labels == ("bad", "good")
 
 
-def test_the_backbone_can_be_searched(
-    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
-) -> None:
-    other = tmp_path / "other-bert"
-    shutil.copytree(tiny_backbone, other)
-    space = (
-        f"model.backbone: [{tiny_backbone}, {other}], model.max_tokens: {{int: [16, 32]}}, "
-        f"training.layer_decay: {{uniform: [0.5, 0.9], when: {{model.backbone: {other}}}}}"
-    )
-    study = Studying(
-        recipe_text(
-            reviews_csv, tiny_backbone, tmp_path, f"trials: 4, start: [{{model.backbone: {other}}}]", "", space
-        ),
-        ray_session,
-    )
-    record = study.tune()
-    trials = study.trials()
-    assert {t.parameters["model.backbone"] for t in trials} == {str(tiny_backbone), str(other)}
-    assert all(
-        ("training.layer_decay" in t.parameters) == (t.parameters["model.backbone"] == str(other)) for t in trials
-    )
-    assert record.model.backbone == record.winner.parameters["model.backbone"]
-
-
-def test_a_study_goes_on_until_its_time_is_over(
-    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session
-) -> None:
-    text = recipe_text(reviews_csv, tiny_backbone, tmp_path, "trials: 10000, time_budget_s: 10")
-    started = time.monotonic()
-    record = Studying(text, ray_session).tune()
-    assert 2 <= record.trials < 10_000 and time.monotonic() - started < 120
-
-
+@pytest.mark.slow
 def test_a_study_waits_for_a_busy_cluster_with_a_word(
     reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,51 +201,20 @@ def test_a_study_waits_for_a_busy_cluster_with_a_word(
     monkeypatch.setattr("orchestrator.tuning.on_ray._PATIENCE_S", 1.0)
     study = Studying(recipe_text(reviews_csv, tiny_backbone, tmp_path, "trials: 1, concurrency: 1"), ray_session)
     study.dataset()
-    cpus = ray.cluster_resources()["CPU"]
-    holder = ray.remote(num_cpus=cpus)(lambda: time.sleep(10)).remote()
-    while ray.available_resources().get("CPU", 0.0) > 0:
-        time.sleep(0.1)
+
+    class Holder:  # here, or Ray would look for this file where the actor runs
+        def hold(self) -> None:
+            """Returns when it has the room."""
+
+    holder = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(Holder).remote()
+    ray.get(holder.hold.remote())
+    told = "no trial can begin: something else is using the cluster; see who: ray status, ray list actors"
+
+    def let_go(event: object) -> None:
+        if getattr(event, "message", "") == told:
+            ray.kill(holder)
+
+    study.events = _Each(let_go)
+    study.pipeline.report = study.events.append
     assert study.tune().trials == 1
-    assert "no trial can begin: something else is using the cluster; see who: ray status, ray list actors" in study.said
-    ray.get(holder)
-
-
-@pytest.mark.parametrize(
-    ("tuning", "training", "told"),
-    [
-        (
-            "concurrency: 512",
-            "",
-            r"concurrency is 512, which needs 512 .PUs for 1 worker per trial, but the cluster has",
-        ),
-        ("trials: 2", "workers: 512", "training.workers is 512, but the cluster has"),
-        ("trials: 2", "device: cuda", "training.device is cuda, but the cluster has no GPU"),
-    ],
-)
-def test_what_can_never_fit_is_refused_at_once(
-    reviews_csv: Path, tiny_backbone: Path, tmp_path: Path, ray_session: Session, tuning: str, training: str, told: str
-) -> None:
-    study = Studying(recipe_text(reviews_csv, tiny_backbone, tmp_path, tuning, training), ray_session)
-    study.dataset()
-    started = time.monotonic()
-    with pytest.raises(ResourceError, match=told):
-        study.tune()
-    assert time.monotonic() - started < 10 and study.trials() == []
-
-
-@pytest.mark.parametrize(
-    ("tuning", "space", "told"),
-    [
-        ("trials: 2", "training.learning_rat: [1]", "not a recipe field: did you mean training.learning_rate"),
-        ("trials: 2", "training.label_smoothing: {uniform: [0.5, 1.5]}", "1.5 cannot be"),
-        ("trials: 2", "data.max_rows: [100, 200]", "cannot be searched"),
-        ("trials: 2, start: [{training.batch_size: 7}]", "training.batch_size: [8, 16]", "start, point 1.*outside of"),
-        ("sampler: grid", "training.label_smoothing: {uniform: [0, 0.5]}", "no end of values"),
-    ],
-)
-def test_a_space_that_does_not_fit_is_refused_before_the_data_is_read(
-    tiny_backbone: Path, tmp_path: Path, tuning: str, space: str, told: str
-) -> None:
-    text = recipe_text(tmp_path / "there is none.csv", tiny_backbone, tmp_path, tuning, "", space)
-    with pytest.raises(RecipeError, match=told):
-        Studying(text, None).tune()
+    assert told in study.said

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.compression.tracing import Batch, Traceable, first_that_agrees, quiet, traceable
+from orchestrator.exporting.tracing import Batch, Traceable, first_that_agrees, quiet, traceable
 from orchestrator.models.backbones import Network
 from orchestrator.models.runtimes import ONNX_FILE, Answering, needed, onnx_session
 

@@ -1,6 +1,6 @@
 """Converting a network in a process of its own, so that a runtime's library can break without breaking anything else.
 
-    python -m orchestrator.compression.apart FORM FOLDER
+    python -m orchestrator.exporting.apart FORM FOLDER
 
 In: a folder with the network as it saves itself, and the batches. Out: the form's files beside them. What such libraries
 do to a process: end it by a signal, print pages, warn, log, wrap functions of torch, keep gigabytes.
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from orchestrator.compression.tracing import Batch, quiet
 from orchestrator.errors import CompressionFailed, OrchestratorError
+from orchestrator.exporting.tracing import Batch, quiet
 from orchestrator.models.backbones import Network, load_network
 
-_MODULE = "orchestrator.compression.apart"
+_MODULE = "orchestrator.exporting.apart"
 _NETWORK, _BATCHES, _FORM, _REASON = "network", "batches.safetensors", "form", "reason.json"
 _TIMEOUT_S = 1800.0
 _REASON_CHARACTERS = 300
@@ -90,7 +90,7 @@ def _first_line(lines: Sequence[str]) -> str:
 
 
 def main(form: str, work: Path) -> None:
-    from orchestrator.compression.forms import FORMS
+    from orchestrator.exporting.forms import FORMS
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.compression import onnx_form, openvino_form, program_form, torchao_form
-from orchestrator.compression.apart import convert_apart, failing_clearly
-from orchestrator.compression.tracing import Batch
+from orchestrator.exporting import onnx_form, openvino_form, program_form, torchao_form
+from orchestrator.exporting.apart import convert_apart, failing_clearly
+from orchestrator.exporting.tracing import Batch
 from orchestrator.models.backbones import Network
 from orchestrator.models.compiled import has_compiler
 from orchestrator.models.hardware import has_bf16
@@ -55,7 +55,8 @@ class Form:
 
 
 _ONNX = ("onnxruntime", "onnx", "onnxscript")
-_OPENVINO = ("openvino", "nncf")
+_OPENVINO = ("openvino",)
+_NNCF = (*_OPENVINO, "nncf")
 FORMS: Mapping[str, Form] = {form.name: form for form in (
     Form("torch-fp32", "program", (), False, program_form.write_fp32),
     Form("torch-bf16", "program", (), False, program_form.write_bf16, needs_bf16=True),
@@ -68,9 +69,9 @@ FORMS: Mapping[str, Form] = {form.name: form for form in (
     Form("onnxruntime-int4-weights", "onnxruntime", _ONNX, False, onnx_form.write_int4_weights),
     Form("openvino-fp32", "openvino", _OPENVINO, False, openvino_form.write_fp32),
     Form("openvino-bf16", "openvino", _OPENVINO, False, openvino_form.write_bf16, needs_bf16=True),
-    Form("openvino-int8", "openvino", _OPENVINO, True, openvino_form.write_int8),
-    Form("openvino-int8-weights", "openvino", _OPENVINO, False, openvino_form.write_int8_weights),
-    Form("openvino-int4-weights", "openvino", _OPENVINO, False, openvino_form.write_int4_weights),
+    Form("openvino-int8", "openvino", _NNCF, True, openvino_form.write_int8),
+    Form("openvino-int8-weights", "openvino", _NNCF, False, openvino_form.write_int8_weights),
+    Form("openvino-int4-weights", "openvino", _NNCF, False, openvino_form.write_int4_weights),
 )}  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from orchestrator.compression.tracing import Batch, Traceable, quiet, traceable
 from orchestrator.errors import CompressionFailed
+from orchestrator.exporting.tracing import Batch, Traceable, quiet, traceable
 from orchestrator.models.backbones import Network
 from orchestrator.models.compiled import CompiledNetwork
 from orchestrator.models.program import ENUMERATIONS, FORMAT, PROGRAM, PROGRAM_WEIGHTS, SIZES

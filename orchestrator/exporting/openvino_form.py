@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.compression import onnx_form
-from orchestrator.compression.tracing import SAME, Batch, Traceable, first_that_agrees, quiet, traceable
+from orchestrator.exporting import onnx_form
+from orchestrator.exporting.tracing import SAME, Batch, Traceable, first_that_agrees, quiet, traceable
 from orchestrator.models.backbones import Network
 from orchestrator.models.hardware import has_bf16
 from orchestrator.models.runtimes import OPENVINO_FILE, Answering, is_installed, needed, openvino_compiled
@@ -66,7 +66,6 @@ def _write(
     quantised: Callable[[Model, Traceable, Sequence[Batch]], Model], precision: str, *, half: bool = False,
 ) -> None:  # fmt: skip
     openvino = needed("openvino")
-    needed("nncf")
     traced = traceable(network, batches)
     with quiet(), torch.no_grad():
         model = quantised(_converted(traced), traced, batches)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from orchestrator.compression.program_form import write_bf16, write_traced
-from orchestrator.compression.tracing import Batch, quiet, traceable
 from orchestrator.errors import CompressionFailed
+from orchestrator.exporting.program_form import write_bf16, write_traced
+from orchestrator.exporting.tracing import Batch, quiet, traceable
 from orchestrator.models.backbones import Network
 from orchestrator.models.program import read_program
 from orchestrator.models.runtimes import needed

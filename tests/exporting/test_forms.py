@@ -19,11 +19,11 @@ from small_networks import image_network, pictures, save_around, text_network, t
 from tiny_networks import tokens
 
 from orchestrator.compression.cost import folder_bytes, parity
-from orchestrator.compression.forms import FORMS, available
 from orchestrator.compression.sensitivity import Sensitivity, measure_sensitivity
 from orchestrator.compression.structure import Structure, reshape
-from orchestrator.compression.tracing import quiet
 from orchestrator.errors import CompressionFailed, IntegrityError, UserError
+from orchestrator.exporting.forms import FORMS, available
+from orchestrator.exporting.tracing import quiet
 from orchestrator.models import compiled
 from orchestrator.models.backbones import EnsembleNetwork, Network, load_network
 from orchestrator.models.checkpoint import count_parameters
@@ -119,8 +119,8 @@ def test_a_row_is_answered_the_same_beside_longer_ones(form: str, made: Made) ->
 
 @pytest.mark.skipif("openvino-fp32" not in HERE, reason="needs openvino")
 def test_texts_that_come_alone_are_padded_where_padding_is_known_and_tells_nothing() -> None:
-    from orchestrator.compression.openvino_form import _lengths
-    from orchestrator.compression.tracing import traceable
+    from orchestrator.exporting.openvino_form import _lengths
+    from orchestrator.exporting.tracing import traceable
 
     padded = [texts(40, 35), texts(90, 70, 90)]
     network = text_network()
