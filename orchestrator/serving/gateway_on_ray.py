@@ -17,7 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from orchestrator.serving.access import Keys, Rings
@@ -346,7 +346,7 @@ class RayModels:
             except BackPressureError:
                 raise overloaded(f"{app} has more requests waiting than it can answer in time") from None
             except NO_ANSWER as error:
-                died += isinstance(error, RayActorError)
+                died += isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError)
                 if died >= _MOST_DEATHS:
                     raise ApiError(503, "replicas_died", f"{died} replicas of {app} died while they had this request",
                                    "if others are answered, send it in parts to see which input does it") from None  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from orchestrator.errors import PortInUse, ServingFailed
@@ -154,6 +154,7 @@ def asking(error: Exception | None, times: int) -> Any:
     [
         (RayActorError(), 2, None),
         (RayActorError(), 9, "replicas_died"),
+        (ActorUnavailableError("for a moment", None), 9, None),
         (DeploymentUnavailableError("reviews"), 9, None),
     ],
 )
