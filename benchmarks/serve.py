@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -88,8 +89,7 @@ def ray_serve_app(model: str, port: int) -> None:
     ray.init(include_dashboard=False, logging_level="error")
     serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR", "enable_access_log": False})
     serve.run(Classifier.bind(), route_prefix="/predict")  # type: ignore[attr-defined]
-    while True:
-        time.sleep(60)
+    signal.pause()
 
 
 SCRIPTS = {"fastapi": fastapi_app, "ray-serve": ray_serve_app}

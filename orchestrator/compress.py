@@ -376,7 +376,7 @@ class _Sweep:
             "key": sha256_json([self.parent.key, winner.parameters, self.location]), "location": self.location,
             "model_location": location, "best_value": winner.metrics[metric], "parameters": card["parameters"],
             "size_bytes": folder_bytes(folder), "parent": self.parent.key, "form": settings_of(recipe).form,
-            "folds": None, "ensemble": None, "precision": "fp32",
+            "folds": None, "ensemble": None,
         })  # fmt: skip
 
     def _training_metrics(self) -> bytes:

@@ -85,8 +85,9 @@ class EvaluateStage:
 
     def validated(self, model: ModelRecord, dataset: DatasetRecord, placement: Placement) -> np.ndarray:
         """Probabilities of the validation rows, with the number format, shares and threads of the model's training, for the
-        same rounding."""
-        job = replace(self._job(model.model_location, dataset, "validation")[0], bf16=model.precision == "bf16")
+        same rounding; a compressed one has its own."""
+        is_bf16 = model.precision == "bf16" and model.form is None
+        job = replace(self._job(model.model_location, dataset, "validation")[0], bf16=is_bf16)
         rows = dataset.splits["validation"].rows
         return predict_split(job, rows, placement.workers, placement.cpus_per_worker, self.report)
 

@@ -175,6 +175,7 @@ class ModelRecord(Record):
     workers: int
     device: str
     precision: str
+    """Of its training; a compressed model's is its parent's."""
     parameters: int
     size_bytes: int
     seconds: float

@@ -26,20 +26,27 @@ class Latency:
 
 @dataclass(frozen=True)
 class Scale:
-    """What a model's deployment is given. Times in seconds; ``reasons`` says why, field by field."""
+    """What a model's deployment is given. Times in seconds."""
 
     max_batch_size: int
     target_ongoing_requests: int
+    """A request waits for the running batch and is computed in the next: twice a batch of so many fits the latency budget."""
     max_ongoing_requests: int
+    """One batch is computed while the next one gathers."""
     max_queued_requests: int
+    """Of one input each; who would wait for more than half of ``request_timeout_s`` is turned away at once."""
     min_replicas: int
     initial_replicas: int
+    """One at least, to see that the version answers."""
     max_replicas: int
     metrics_interval_s: float
+    """With Serve's default of 10 s it takes thrice as long to scale up."""
     look_back_period_s: float
+    """The mean over four reports, so that one burst does not start a replica."""
     upscale_delay_s: float
+    """A replica takes seconds to start, so a lasting load is answered soon."""
     downscale_delay_s: float
-    reasons: dict[str, str]
+    """A replica that was needed within that time is kept."""
 
     def autoscaling(self) -> dict[str, float]:
         """Keyword arguments of Ray Serve's AutoscalingConfig."""
@@ -68,24 +75,7 @@ def plan_scale(goals: Serving, measured: Latency | None = None) -> Scale:
         look_back_period_s=2.0,
         upscale_delay_s=2.0,
         downscale_delay_s=goals.idle_s,
-        reasons={
-            "target_ongoing_requests": (
-                f"a request waits for the running batch and is computed in the next: twice a batch of {fitting} "
-                f"({latency.single_ms:.1f} ms + {latency.per_row_ms:.1f} ms per further input) is the largest within "
-                f"{goals.latency_budget_ms:g} ms"
-            ),
-            "max_ongoing_requests": "one batch is computed while the next one gathers",
-            "max_queued_requests": (
-                f"{at_least} replicas answer {at_least * rate_per_s:.0f} requests/s of one input; who would then wait "
-                f"for more than half of request_timeout_s is turned away at once"
-            ),
-            "metrics_interval_s": "twice a second; with Serve's default of 10 s it takes thrice as long to scale up",
-            "look_back_period_s": "the mean over four reports, so that one burst does not start a replica",
-            "upscale_delay_s": "a replica takes seconds to start, so a lasting load is answered soon",
-            "initial_replicas": "one at least, to see that the version answers",
-            "downscale_delay_s": f"a replica that was needed within the last {goals.idle_s:g} s is kept",
-        },
-    )  # fmt: skip
+    )
 
 
 def _assumed(goals: Serving) -> Latency:
